@@ -1,0 +1,199 @@
+"""How far a set of samples has moved from another, how varied it is, and how sure such figures are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from curate import groups as grouped
+from curate.arrays import Float64s, Floats, matrix, tiles, vector
+from schemas.errors import WinnowError
+
+
+class Interval(NamedTuple):
+    """An estimate with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def moments(x: ArrayLike) -> tuple[Float64s, Float64s, int]:
+    """Mean [D], covariance [D, D] (divided by N - 1) and N of rows x [N, D], N at least 2."""
+    x = matrix("features", x)
+    if len(x) < 2:
+        raise WinnowError("features have 1 row: a covariance needs 2 or more samples")
+    mean = np.zeros(x.shape[1])
+    for tile in tiles(len(x), 16 * x.shape[1]):
+        mean += x[tile].sum(axis=0, dtype=np.float64) / len(x)
+    cov = np.zeros((x.shape[1], x.shape[1]))
+    for tile in tiles(len(x), 16 * x.shape[1]):
+        y = x[tile] - mean
+        cov += y.T @ y
+    return mean, cov / (len(x) - 1), len(x)
+
+
+def frechet(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0 (FID; Heusel et al., arXiv 1706.08500).
+
+    Means [D], covariances [D, D] symmetric and positive semi-definite; singular ones are fine.
+    tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no root of a product that
+    rounding has made asymmetric.
+    """
+    m1, m2 = vector("mean", mean1), vector("mean", mean2)
+    c1, c2 = matrix("covariance", cov1, columns=len(m1)), matrix("covariance", cov2, columns=len(m1))
+    if not len(m1) == len(m2) == len(c1) == len(c2):
+        raise WinnowError(
+            f"means have {len(m1)} and {len(m2)} entries, "
+            f"covariances {len(c1)} and {len(c2)} rows: compare features of one encoder"
+        )
+    cross = np.linalg.svd(_root(c1) @ _root(c2), compute_uv=False).sum()
+    return max(0.0, float(np.sum((m1 - m2) ** 2) + np.trace(c1) + np.trace(c2) - 2 * cross))
+
+
+def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
+    """Fréchet distance of features a [N, D] and b [M, D]. Biased upwards by order 1/N: compare equal N."""
+    mean1, cov1, _ = moments(a)
+    mean2, cov2, _ = moments(b)
+    return frechet(mean1, cov1, mean2, cov2)
+
+
+def kid(a: ArrayLike, b: ArrayLike) -> float:
+    """Unbiased squared MMD of a [N, D] and b [M, D] under (x.y / D + 1)^3 (KID, arXiv 1801.01401).
+
+    Over all rows rather than random subsets, so it needs no seed. May be slightly below 0.
+    """
+    x, y = _two(a, b)
+    if min(len(x), len(y)) < 2:
+        raise WinnowError("features have 1 row: an unbiased MMD needs 2 or more samples on each side")
+    dim = x.shape[1]
+
+    def within(z: Floats) -> float:
+        own = (np.einsum("nd,nd->n", z, z, dtype=np.float64) / dim + 1) ** 3
+        return (_kernel_sum(z, z, cubic) - math.fsum(own)) / (len(z) * (len(z) - 1))
+
+    def cubic(dots: Float64s) -> Float64s:
+        return (dots / dim + 1) ** 3
+
+    return within(x) + within(y) - 2 * _kernel_sum(x, y, cubic) / (len(x) * len(y))
+
+
+def cmmd(a: ArrayLike, b: ArrayLike) -> float:
+    """CMMD of CLIP features a [N, D] and b [M, D]: 1000 x squared MMD under a Gaussian kernel of sigma 10
+    on unit vectors (arXiv 2401.09603, eq. 4), with the diagonal, as published figures have it. At least 0."""
+    x, y = (_unit(side) for side in _two(a, b))
+
+    def excess(dots: Float64s) -> Float64s:
+        # exp(-|x - y|^2 / 200) - 1: the three ones cancel, so they are left out before they cost digits
+        return np.expm1((2 * dots - 2) / (2 * 10.0**2))
+
+    n, m = len(x), len(y)
+    squared = (_kernel_sum(x, x, excess) / n**2 + _kernel_sum(y, y, excess) / m**2
+               - 2 * _kernel_sum(x, y, excess) / (n * m))  # fmt: skip
+    return max(0.0, 1000 * squared)
+
+
+def diversity(features: ArrayLike, groups: ArrayLike) -> float:
+    """Mean over the groups of the variance within (summed over D, divided by n - 1): features [N, D].
+
+    Groups of one row say nothing and are left out; WinnowError where no group has two.
+    """
+    x = matrix("features", features)
+    code = grouped.codes(groups, rows=len(x))
+    order = np.argsort(code, kind="stable")
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    variances = []
+    for rows in np.split(order, starts[1:]):
+        if len(rows) > 1:
+            variances.append(float(np.var(x[rows], axis=0, ddof=1, dtype=np.float64).sum()))
+    if not variances:
+        raise WinnowError(
+            "no group has two samples: generate 2 or more images per prompt to measure diversity"
+        )
+    return math.fsum(variances) / len(variances)
+
+
+def bootstrap(
+    statistic: Callable[..., float], *arrays: ArrayLike, n: int = 1000, rng: np.random.Generator | int,
+    paired: bool = False, level: float = 0.95,
+) -> tuple[float, float]:  # fmt: skip
+    """Percentile interval (low, high) of statistic(*arrays) over n resamplings of rows with replacement.
+
+    paired: the same rows of every array (features and their groups, two scores of one sample); otherwise each
+    array on its own (two sets of samples). A resample holds fewer distinct rows, so what is biased in small
+    samples shifts: the interval of a Fréchet distance lies too high and may leave out the estimate. It is not
+    corrected; use its width, or compare intervals of equal N.
+    """
+    rng = np.random.default_rng(rng)
+    columns: list[NDArray[Any]] = [np.asarray(array) for array in arrays]
+    if not columns or any(column.ndim == 0 or not len(column) for column in columns):
+        raise WinnowError("bootstrap got an empty array: give one row or more in each")
+    if paired and len({len(column) for column in columns}) > 1:
+        raise WinnowError(f"paired arrays have {[len(c) for c in columns]} rows: give as many in each")
+    if n < 2 or not 0 < level < 1:
+        raise WinnowError(
+            f"bootstrap of {n} resamplings at level {level}: give 2 or more, and a level in (0, 1)"
+        )
+    values = np.empty(n)
+    for i in range(n):
+        if paired:
+            rows = rng.integers(0, len(columns[0]), len(columns[0]))
+            values[i] = statistic(*(column[rows] for column in columns))
+        else:
+            values[i] = statistic(*(column[rng.integers(0, len(column), len(column))] for column in columns))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def win_rate(a: ArrayLike, b: ArrayLike) -> Interval:
+    """Share of pairs in which a beats b, a tie counting half: scores [N], [N] -> 95 % Wilson interval."""
+    a = vector("scores a", a)
+    b = vector("scores b", b, rows=len(a))
+    return proportion(float(np.sum(a > b) + np.sum(a == b) / 2), len(a))
+
+
+def proportion(k: float, n: int) -> Interval:
+    """k of n with its 95 % Wilson score interval (Wilson 1927), within [0, 1] also at k = 0 and k = n."""
+    if not (n >= 1 and 0 <= k <= n):
+        raise WinnowError(f"{k} of {n} is no proportion: give n of 1 or more and k in 0..n")
+    z = 1.959963984540054
+    p = k / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
+
+
+def _root(cov: Floats) -> Float64s:
+    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
+    if values[0] < -1e-6 * max(values[-1], 1e-300):
+        raise WinnowError(
+            f"covariance has an eigenvalue of {values[0]:.3g}: give a covariance, not a scatter of "
+            "unlike features"
+        )
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def _two(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    x = matrix("features a", a)
+    return x, matrix("features b", b, columns=x.shape[1])
+
+
+def _unit(x: Floats) -> Float64s:
+    norms = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    if not (norms > 0).all():
+        raise WinnowError("a feature row is all zeros, so it has no direction: drop that sample")
+    return x / norms
+
+
+def _kernel_sum(x: Floats, y: Floats, kernel: Callable[[Float64s], Float64s]) -> float:
+    """Sum of kernel(x_i . y_j) over all pairs, a tile of rows against a tile of rows at a time."""
+    sums = []
+    for i in tiles(len(x), 8 * (x.shape[1] + 4096)):
+        rows = x[i].astype(np.float64)
+        for j in tiles(len(y), 8 * x.shape[1] + 24 * len(rows)):
+            sums.append(float(kernel(rows @ y[j].astype(np.float64).T).sum()))
+    return math.fsum(sums)

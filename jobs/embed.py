@@ -1,0 +1,79 @@
+"""Stage ``embed``: vectors of a round's samples in one or more spaces."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from jobs import samples
+from jobs.encoders import ENCODERS, Encoder, encoder
+from jobs.images import images_of
+from jobs.named import known
+from jobs.run import Run
+from jobs.stage import Work, complete, units
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import embedding_schema
+
+
+class Embed(Settings):
+    """``encoders``: the spaces that distances and diverse selection use; ``batch``: images at once."""
+
+    encoders: tuple[str, ...] = ()
+    batch: int = Field(64, ge=1)
+
+    @field_validator("encoders")
+    @classmethod
+    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            known("encoder", name, ENCODERS)
+        return names
+
+
+def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = None) -> None:
+    """Embed the samples of one split with the recipe's encoders, or those given."""
+    settings = run.recipe.embed
+    for name in settings.encoders if encoders is None else encoders:
+        loaded = encoder(name)
+        rows = samples.of(run, split)
+        folders = {"round": run.round, "arm": run.arm, "split": split, "encoder": name}
+        work = units("embeddings", folders, rows, settings.batch, ["embed", name, loaded.revision])
+        complete(run, f"embed {name}", "embeddings", work, partial(_work, run, name, loaded))
+
+
+def _work(run: Run, name: str, loaded: Encoder) -> Work:
+    def work(rows: pa.Table) -> pa.Table:
+        vectors = np.asarray(loaded.encode(images_of(samples.with_images(run, rows)), rows["prompt"].to_pylist()))
+        if vectors.ndim != 2 or len(vectors) != rows.num_rows:
+            raise WinnowError(f"encoder {name}: gave {vectors.shape} for {rows.num_rows} images; give [N, D]")
+        n, dim = vectors.shape
+        flat = pa.array(vectors.astype(np.float16).reshape(-1))
+        columns = {
+            "sample_id": rows["sample_id"].combine_chunks(),
+            "round": pa.array(np.full(n, run.round, np.int32)),
+            "encoder": pa.array([name] * n),
+            "revision": pa.array([loaded.revision] * n),
+            "vector": pa.FixedSizeListArray.from_arrays(flat, dim),
+        }
+        return pa.table(columns, schema=embedding_schema(dim))
+
+    return work
+
+
+def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids int64 [N] and vectors float32 [N, D] of a split, in the order of ``samples.of``."""
+    found = run.query(
+        "SELECT sample_id, vector FROM embeddings JOIN samples USING (sample_id) WHERE encoder = $encoder "
+        "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
+        encoder=encoder, round=run.round, arm=run.arm, split=split,
+    )  # fmt: skip
+    if not found.num_rows:
+        raise WinnowError(
+            f"embeddings: round {run.round} of arm {run.arm!r} has no {split} vectors of {encoder!r}; add it to "
+            "embed.encoders and run 'winnow embed'"
+        )
+    flat = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return found["sample_id"].to_numpy(), flat.reshape(found.num_rows, -1).astype(np.float32)

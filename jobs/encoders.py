@@ -1,0 +1,60 @@
+"""Encoders: from images to vectors. A name is one of ENCODERS, or ``package.module:object`` for your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from jobs import world
+from jobs.named import pick
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """``encode(images, prompts) -> float [N, D]``; ``revision`` changes whenever the vectors would."""
+
+    name: str
+    revision: str
+    encode: Callable[[list[Image.Image], list[str]], np.ndarray]
+
+
+def _open_clip(model: str) -> Encoder:
+    from jobs.clip import Clip
+
+    clip = Clip(model)
+    return Encoder(f"open_clip:{model}", clip.revision, lambda images, _: clip.images(images))
+
+
+def _vae(model: str) -> Encoder:
+    from jobs.latents import Latents
+
+    latents = Latents(model)
+    return Encoder(f"vae:{model}", latents.revision, lambda images, _: latents.flat(images))
+
+
+def _scene_clip(_: str) -> Encoder:
+    found = _open_clip(f"local-dir:{world.WEIGHTS / 'clip'}")
+    return Encoder("scene-clip", found.revision, found.encode)
+
+
+def _scene_judge(_: str) -> Encoder:
+    from jobs.world.judge import Judge
+
+    judge = Judge()
+    return Encoder("scene-judge", judge.revision, lambda images, prompts: judge(images, prompts)[1])
+
+
+ENCODERS: dict[str, Callable[[str], Encoder]] = {
+    "open_clip": _open_clip,  # open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:local-dir:/path
+    "vae": _vae,  # vae:embedded, vae:org/name: scaled latents of a pipeline's autoencoder
+    "scene-clip": _scene_clip,
+    "scene-judge": _scene_judge,
+}
+
+
+def encoder(name: str) -> Encoder:
+    """The encoder of that name; its weights are loaded when it is first used."""
+    return pick("encoder", name, ENCODERS, Encoder)

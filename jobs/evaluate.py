@@ -1,0 +1,158 @@
+"""Stage ``evaluate``: what a round's model is worth, on prompts that no round trains on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from curate.drift import Interval, bootstrap, diversity, frechet, moments, win_rate
+from jobs import samples
+from jobs.embed import embed, vectors_of
+from jobs.encoders import ENCODERS
+from jobs.generate import generate
+from jobs.named import known
+from jobs.run import BASE, Run, ids
+from jobs.score import score, scores_of
+from jobs.scorers import SCORERS
+from jobs.stage import Work, complete, units
+from jobs.train import trained_model
+from jobs.world import WEIGHTS
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+PROMPT_SET = "held-out"
+
+
+class Evaluate(Settings):
+    """``scorers``: held out from selection. ``judge``: the scorer whose mean is ``judge_accuracy``. ``space``: the
+    encoder of the Fréchet distances and of diversity. ``real``: a file with mean and covariance of real images in
+    that space (``*.safetensors``), or "embedded". ``resamples``: of the bootstrap behind the intervals."""
+
+    prompts: int | None = Field(None, ge=1)
+    images_per_prompt: int = Field(4, ge=2)
+    scorers: tuple[str, ...] = ()
+    judge: str | None = None
+    space: str | None = None
+    real: str | None = None
+    resamples: int = Field(200, ge=2)
+
+    @field_validator("scorers")
+    @classmethod
+    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            known("scorer", name, SCORERS)
+        return names
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            known("scorer", name, SCORERS)
+        return name
+
+    @field_validator("space")
+    @classmethod
+    def _space_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            known("encoder", name, ENCODERS)
+        return name
+
+
+class Reference(Settings):
+    """D_0: how many of the base's images, over how many of the training prompts (null: all)."""
+
+    prompts: int | None = Field(None, ge=1)
+    images_per_prompt: int = Field(1, ge=1)
+
+
+def real_moments(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] of real images' features."""
+    from safetensors.numpy import load_file
+
+    path = WEIGHTS / "real.safetensors" if name == "embedded" else Path(name).expanduser()
+    if not path.is_file():
+        raise WinnowError(f"evaluate.real {name!r}: no such file; give 'embedded' or a .safetensors of mean and cov")
+    held = load_file(path)
+    return held["mean"].astype(np.float64), held["cov"].astype(np.float64)
+
+
+def evaluate(run: Run) -> None:
+    """Generate, embed and score the held-out prompts with this round's model, and measure."""
+    settings = run.recipe.evaluate
+    where = run.base() if run.round == 0 else run
+    model = trained_model(run)
+    generate(where, "eval", model)
+    if settings.space:
+        embed(where, "eval", (settings.space,))
+        embed(run.base(), "reference", (settings.space,))
+    used = dict.fromkeys([*run.recipe.score.scorers, *settings.scorers, *([settings.judge] if settings.judge else [])])
+    score(where, "eval", tuple(used))
+    rows = samples.of(where, "eval")
+    one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
+    spec = ["evaluate", settings.model_dump(mode="json"), list(used), ids(rows).tolist()]
+    work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
+    complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))
+
+
+def _work(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> Work:
+    def work(_: pa.Table) -> pa.Table:
+        measured = {**_scored(run, where, rows, used), **_spread(run, where, rows)}
+        made = [
+            {"round": run.round, "arm": run.arm, "metric": metric, "prompt_set": PROMPT_SET, "value": value,
+             "ci_low": low, "ci_high": high, "n": rows.num_rows}
+            for metric, (value, low, high) in measured.items()
+        ]  # fmt: skip
+        return pa.Table.from_pylist(made, schema=TABLES["evaluations"].schema)
+
+    return work
+
+
+def _scored(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> dict[str, Interval]:
+    """Mean of each scorer, and how often the round beats the base on the same prompt and seed."""
+    settings = run.recipe.evaluate
+    prompts = rows["prompt_id"].to_numpy()
+    mine = scores_of(where, "eval", used)
+    theirs = scores_of(run.base(), "eval", used) if where.arm != BASE else mine
+    found = {}
+    for name in used:
+        # Images of one prompt are alike, so the interval resamples prompts, not images.
+        groups = np.unique(prompts, return_inverse=True)[1]
+        means = np.bincount(groups, mine[name]) / np.bincount(groups)
+        low, high = bootstrap(np.mean, means, n=settings.resamples, rng=run.seed("bootstrap", name) % 2**31)
+        metric = "judge_accuracy" if name == settings.judge else name
+        found[metric] = Interval(float(mine[name].mean()), low, high)
+        if where.arm != BASE:
+            found[f"win_rate:{metric}"] = win_rate(mine[name], theirs[name])
+    return found
+
+
+def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
+    """Fréchet distances to D_0 and to real images, and diversity within a prompt."""
+    settings = run.recipe.evaluate
+    if settings.space is None:
+        return {}
+    _, mine = vectors_of(where, settings.space, "eval")
+    _, d0 = vectors_of(run.base(), settings.space, "reference")
+    prompts = rows["prompt_id"].to_numpy()
+    n, seed = settings.resamples, run.seed("bootstrap", "spread") % 2**31
+    targets = {"fd_d0": moments(d0)[:2]}
+    if settings.real:
+        targets["fd_real"] = real_moments(settings.real)
+    found = {}
+    for metric, target in targets.items():
+        to_target = partial(_frechet_to, target=target)
+        found[metric] = Interval(to_target(mine), *bootstrap(to_target, mine, n=n, rng=seed))
+    found["diversity"] = Interval(
+        diversity(mine, prompts), *bootstrap(diversity, mine, prompts, n=n, rng=seed, paired=True)
+    )
+    return found
+
+
+def _frechet_to(x: np.ndarray, target: tuple[np.ndarray, np.ndarray]) -> float:
+    mean, cov, _ = moments(x)
+    return frechet(mean, cov, *target)

@@ -1,0 +1,131 @@
+"""Stage ``generate``: n images for each prompt, each from its own stored seed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from jobs import models
+from jobs.images import Format, encode, fault
+from jobs.prompts import chosen
+from jobs.run import BASE, Run
+from jobs.stage import Work, complete, units
+from schemas.errors import WinnowError
+from schemas.ids import sample_id
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+Split = Literal["reference", "train", "eval"]
+
+
+class Generate(Settings):
+    """``prompts`` a round (null: all of them), images per prompt and how to sample. Sizes null: the model's own.
+    ``batch``: images sampled together, which is part of what makes them. ``retries``: fresh seeds for an image
+    that shows nothing."""
+
+    prompts: int | None = Field(None, ge=1)
+    images_per_prompt: int = Field(4, ge=1)
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(7.5, ge=0)
+    width: int | None = Field(None, ge=8)
+    height: int | None = Field(None, ge=8)
+    batch: int = Field(8, ge=1)
+    format: Format = "png"
+    retries: int = Field(2, ge=0)
+
+
+def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: str) -> pa.Table:
+    """The rows to make, all columns but the image: same seeds for every model on the eval split, so that
+    rounds are compared image by image."""
+    settings = run.recipe.generate
+    texts = chosen(run, "eval" if split == "eval" else "train", prompts)
+    where = ["eval"] if split == "eval" else [split, run.round, run.arm]
+    sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"})
+    rows = []
+    for prompt_id, text in zip(texts["prompt_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
+        for k in range(per_prompt):
+            seed = run.seed(*where, prompt_id, k)
+            number = sample_id([model, sampler, split, run.round, run.arm, prompt_id, seed])
+            rows.append({"sample_id": number, "prompt_id": prompt_id, "prompt": text, "seed": seed})
+    return pa.Table.from_pylist(rows)
+
+
+def sample(pipe: Any, texts: list[str], seeds: list[int], settings: Generate) -> np.ndarray:
+    """Float images [N, H, W, 3] in [0, 1]; image i depends on seed i alone, but for rounding."""
+    import torch
+
+    return pipe(
+        texts,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        width=settings.width,
+        height=settings.height,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images
+
+
+def sound(pipe: Any, rows: list[dict[str, Any]], settings: Generate) -> list[dict[str, Any]]:
+    """Sample the rows; those that show nothing again with their next seeds, and in the end refuse."""
+    made = [dict(row, attempt=0) for row in rows]
+    todo = list(range(len(rows)))
+    for attempt in range(settings.retries + 1):
+        images = sample(pipe, [made[i]["prompt"] for i in todo], [made[i]["seed"] for i in todo], settings)
+        faults = {}
+        for i, image in zip(todo, images, strict=True):
+            why = fault(image)
+            if why is None:
+                made[i]["pixels"] = np.round(image * 255).astype(np.uint8)
+            else:
+                faults[i] = why
+        todo = sorted(faults)
+        if not todo:
+            return made
+        if attempt < settings.retries:
+            for i in todo:
+                made[i] |= {"attempt": attempt + 1, "seed": sample_id(["retry", made[i]["seed"]])}
+    first = made[todo[0]]
+    raise WinnowError(
+        f"generate: {len(todo)} of {len(rows)} images show nothing, the first ({faults[todo[0]]}) for prompt "
+        f"{first['prompt'][:60]!r} after {settings.retries + 1} seeds; check the model, its dtype and "
+        "generate.guidance, or raise generate.retries"
+    )
+
+
+def generate(run: Run, split: Split = "train", model: str | None = None) -> None:
+    """Make the samples of one split: a round's candidates, D_0 (the base's reference samples), or the held-out
+    prompts' images of ``model``."""
+    settings = run.recipe.generate
+    if split == "reference":
+        run, prompts, per_prompt = run.base(), run.recipe.reference.prompts, run.recipe.reference.images_per_prompt
+    elif split == "eval":
+        prompts, per_prompt = run.recipe.evaluate.prompts, run.recipe.evaluate.images_per_prompt
+    else:
+        prompts, per_prompt = settings.prompts, settings.images_per_prompt
+    model = model or (run.recipe.model if run.arm == BASE else run.start_model())
+    revision = models.revision(model)
+    rows = plan(run, split, prompts, per_prompt, revision)
+    spec = ["generate", revision, settings.model_dump(mode="json"), run.round, run.arm, split]
+    folders = {"round": run.round, "arm": run.arm, "split": split}
+    work = units("samples", folders, rows, settings.batch, spec)
+    complete(run, f"generate {split}", "samples", work, lambda: _sampler(run, split, model, revision, settings))
+
+
+def _sampler(run: Run, split: Split, model: str, revision: str, settings: Generate) -> Work:
+    pipe = models.load(model)
+    name = f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
+
+    def work(rows: pa.Table) -> pa.Table:
+        done = []
+        for row in sound(pipe, rows.to_pylist(), settings):
+            pixels = row.pop("pixels")
+            file = {"bytes": encode(pixels, settings.format), "path": f"{row['sample_id']}.{settings.format}"}
+            height, width = pixels.shape[:2]
+            done.append(row | {"round": run.round, "arm": run.arm, "split": split, "model": name,
+                               "width": width, "height": height, "image": file})  # fmt: skip
+        return pa.Table.from_pylist(done, schema=TABLES["samples"].schema)
+
+    return work

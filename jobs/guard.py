@@ -1,0 +1,92 @@
+"""Stage ``guard``: may the round's new model live? Its verdict closes the round."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+from pydantic import Field
+
+from curate import guard as rule
+from jobs.run import Run
+from jobs.stage import complete, units
+from jobs.train import trained_model
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+
+class Guard(Settings):
+    """``metric``: the evaluation that decides, never one that selects; ``better`` lower or higher.
+    ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always goes on."""
+
+    enabled: bool = True
+    metric: str = "fd_real"
+    higher_is_better: bool = False
+    diversity_floor: float = Field(0.6, ge=0, le=1)
+    patience: int = Field(1, ge=0)
+    min_rounds: int = Field(1, ge=0)
+
+
+def history(run: Run) -> list[rule.Measure]:
+    """What the arm's rounds measured, from the base to this one."""
+    settings = run.recipe.guard
+    found = run.query(
+        "SELECT round, metric, value, ci_low, ci_high FROM evaluations WHERE arm = $arm AND round <= $round "
+        "AND metric IN ($metric, 'diversity')",
+        arm=run.arm, round=run.round, metric=settings.metric,
+    )  # fmt: skip
+    rows = {(row["round"], row["metric"]): row for row in found.to_pylist()}
+    sign = -1.0 if settings.higher_is_better else 1.0
+    measures = []
+    for number in range(run.round + 1):
+        deciding, spread = rows.get((number, settings.metric)), rows.get((number, "diversity"))
+        if deciding is None or spread is None:
+            missing = settings.metric if deciding is None else "diversity"
+            raise WinnowError(
+                f"evaluations: round {number} of arm {run.arm!r} has no {missing!r}; set guard.metric to a metric that "
+                "is measured, or run 'winnow evaluate' first"
+            )
+        error = (deciding["ci_high"] - deciding["ci_low"]) / 3.92  # a 95 % interval is 2 × 1.96 standard errors wide
+        measures.append(rule.Measure(number, sign * deciding["value"], error, spread["value"]))
+    return measures
+
+
+def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
+    """Judge the round, commit its row of ``rounds``, and return the verdict (the committed one on a rerun)."""
+    settings, planned = run.recipe.guard, run.recipe.rounds
+    if run.round == 0:
+        verdict = rule.Verdict("promote", 0, "the base")
+    elif settings.enabled:
+        verdict = rule.verdict(
+            history(run), planned=max(planned, run.round), min_rounds=min(settings.min_rounds, planned),
+            patience=settings.patience, diversity_floor=settings.diversity_floor,
+        )  # fmt: skip
+    else:
+        last = run.round >= planned
+        verdict = rule.Verdict("stop" if last else "promote", run.round, "control arm, not judged")
+
+    def work(_: pa.Table) -> pa.Table:
+        made = run.query(
+            "SELECT count(*) AS n FROM samples WHERE round = $round AND arm = $arm",
+            round=run.round, arm=run.arm if run.round else "base",
+        )["n"][0].as_py()  # fmt: skip
+        row = {
+            "round": run.round, "arm": run.arm, "model": _relative(run, trained_model(run)),
+            "parent_model": None if run.round == 0 else _relative(run, run.start_model()),
+            "verdict": verdict.verdict, "reason": verdict.reason, "seconds": seconds, "images": made,
+            "recipe": run.recipe.name,
+        }  # fmt: skip
+        return pa.Table.from_pylist([row], schema=TABLES["rounds"].schema)
+
+    one = pa.table({"sample_id": pa.array([run.seed("guard", run.arm, run.round)])})
+    # The planned number of rounds is no part of it: a loop that is made longer keeps the rows it has.
+    spec = ["guard", settings.model_dump(mode="json")]
+    complete(run, "guard", "rounds", units("rounds", {"round": run.round, "arm": run.arm}, one, 1, spec), lambda: work)
+    return verdict
+
+
+def _relative(run: Run, model: str) -> str:
+    """Models of the store are named from its root, so that a store can be moved."""
+    inside = os.path.isabs(model) and os.path.commonpath([model, run.store]) == str(run.store)
+    return os.path.relpath(model, run.store) if inside else model

@@ -1,0 +1,56 @@
+"""Images between arrays, files in a row, and Pillow."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from schemas.errors import WinnowError
+
+Format = Literal["png", "webp", "jpeg"]
+MOST_PIXELS = 2**26  # 8192 × 8192; a 10 KB file can claim many more
+FLAT = 2.0  # standard deviation (of 255) below which an image shows nothing
+
+
+def encode(image: np.ndarray, format: Format) -> bytes:
+    """uint8 [H, W, 3] as a file; PNG and WebP keep every pixel, JPEG is of quality 95."""
+    out = io.BytesIO()
+    options: dict[str, Any] = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}
+    Image.fromarray(image).save(out, format, **options[format])
+    return out.getvalue()
+
+
+def decode(data: bytes, name: str = "image") -> Image.Image:
+    """An RGB image from a file's bytes; WinnowError where they are none, or too large to open."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MOST_PIXELS:
+            raise WinnowError(f"{name}: {image.width}×{image.height} pixels, allowed are {MOST_PIXELS}; shrink it")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise WinnowError(f"{name}: not a readable image ({error}); remove or replace it") from error
+
+
+def images_of(rows: pa.Table) -> list[Image.Image]:
+    """The decoded ``image`` column of sample rows."""
+    names = rows["sample_id"].to_pylist()
+    files = rows["image"].to_pylist()
+    return [decode(file["bytes"], f"sample {name}") for name, file in zip(names, files, strict=True)]
+
+
+def array(images: list[Image.Image]) -> np.ndarray:
+    """Images of one size as uint8 [N, H, W, 3]."""
+    return np.stack([np.asarray(image) for image in images])
+
+
+def fault(image: np.ndarray) -> str | None:
+    """Why a generated float image [H, W, 3] in [0, 1] shows nothing, or None where it is sound."""
+    if not np.isfinite(image).all():
+        return "NaN pixels"
+    if image.std(axis=(0, 1)).max() * 255 < FLAT:
+        return "black" if image.max() * 255 < 2 * FLAT else "one flat colour"
+    return None

@@ -1,0 +1,78 @@
+"""Models: from a name, a folder or a Hub id to a diffusers pipeline, and to the hash of what it is."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import WinnowError
+
+#: Names for ``model:`` in a recipe; anything else is a folder or a Hub id such as "org/name".
+MODELS = {"embedded": Path(__file__).parent / "world" / "weights" / "pipeline"}
+
+
+def locate(name: str) -> Path | str:
+    """The folder of a model, or its Hub id; WinnowError where a folder is named that is no pipeline."""
+    path = MODELS.get(name, Path(name).expanduser())
+    if (path / "model_index.json").is_file():
+        return path
+    if path.exists():
+        raise WinnowError(f"model {name}: the folder has no model_index.json; give a diffusers pipeline folder")
+    if name in MODELS:
+        raise WinnowError(f"model {name!r}: {path} is missing; build it with 'make base DATA=mnist_train.npz'")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise WinnowError(
+            f"model {name!r}: no such folder; give a diffusers pipeline folder, a Hub id 'org/name', "
+            f"or one of {', '.join(MODELS)}"
+        )
+    return name
+
+
+@lru_cache
+def digest(path: Path) -> str:
+    """16 hex digits of a file's content, or of all that a folder holds."""
+    total = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        with open(file, "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(path.parent).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def revision(name: str) -> str:
+    """16 hex digits of a folder's contents, or the commit of a Hub model: equal names, equal weights."""
+    place = locate(name)
+    if isinstance(place, Path):
+        return digest(place)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().model_info(place).sha)[:16]
+    except HfHubHTTPError as error:
+        raise WinnowError(f"model {name!r}: refused by the Hub ({error}); check name and token") from error
+    except OSError as error:
+        raise WinnowError(f"model {name!r}: the Hub cannot be reached ({error}); give a local folder") from error
+
+
+def load(name: str) -> Any:
+    """The pipeline on the best device at hand, silent, in float32 on a CPU and bfloat16 on a GPU."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    place = locate(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            place, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

@@ -1,0 +1,37 @@
+"""Names at the edge: from a recipe's word to the thing it means."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from schemas.errors import WinnowError
+
+
+def known(kind: str, name: str, known: Mapping[str, Any]) -> None:
+    """WinnowError unless ``name`` can be one: ``key``, ``key:argument`` or ``package.module:object``."""
+    head, _, tail = name.partition(":")
+    if head in known or ("." in head and tail):
+        return
+    near = difflib.get_close_matches(head, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise WinnowError(
+        f"{kind} {name!r}: unknown; {hint}there are {', '.join(known)}, and 'package.module:object' for your own"
+    )
+
+
+def pick(kind: str, name: str, table: Mapping[str, Callable[[str], Any]], wanted: type) -> Any:
+    """Load ``key[:argument]`` from the table, or call the user's ``package.module:object`` without arguments."""
+    known(kind, name, table)
+    head, _, tail = name.partition(":")
+    if head in table:
+        return table[head](tail)
+    try:
+        made = getattr(importlib.import_module(head), tail)()
+    except (ImportError, AttributeError) as error:
+        raise WinnowError(f"{kind} {name!r}: {error}; it must be importable, as 'package.module:object'") from error
+    if not isinstance(made, wanted):
+        raise WinnowError(f"{kind} {name!r}: gave a {type(made).__name__}; it must return a {wanted.__name__}")
+    return made

@@ -1,0 +1,184 @@
+"""Stage ``prompts``: from a source of texts to curated prompts, split into training and held-out ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from curate.prompts import curate
+from jobs.run import Run
+from jobs.stage import complete, units
+from schemas.errors import WinnowError
+from schemas.ids import digest, sample_id
+from schemas.settings import Settings
+from schemas.tables import TABLES
+from storage.layout import create
+from storage.snapshot import latest
+
+
+class Prompts(Settings):
+    """``keep``: how many prompts stay, the nearest to as many k-means centres; null keeps all that pass.
+    ``held_out``: the share of them that is for evaluation only."""
+
+    source: str = "embedded"
+    column: str = "text"
+    benchmark: str | None = None
+    keep: int | None = Field(None, ge=2)
+    held_out: float = Field(0.2, gt=0, lt=1)
+    longest: int = Field(1000, ge=1)
+    least_clarity: float = Field(0.5, ge=0, le=1)
+    least_specificity: float = Field(0.25, ge=0, le=1)
+    near: float | None = Field(0.92, gt=0, le=1)
+
+
+def _embedded() -> list[str]:
+    from jobs.world.scenes import all_captions
+
+    return all_captions()
+
+
+#: Names for ``source:``; anything else is a file.
+SOURCES = {"embedded": _embedded}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file. What is not UTF-8 keeps a mark in its place, and is dropped with that as reason."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\r\n")
+
+
+def _csv(path: Path, column: str, delimiter: str) -> list[str]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader((line.replace("\0", "\ufffd") for line in _lines(path)), delimiter=delimiter)
+    names = {name.lower(): name for name in rows.fieldnames or []}
+    name = names.get(column.lower(), names.get("prompt"))
+    if name is None:
+        raise WinnowError(f"{path}: no column {column!r}; set prompts.column to one of {', '.join(names.values())}")
+    return [row[name] or "" for row in rows]
+
+
+def _jsonl(path: Path, column: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise WinnowError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
+        value = row.get(column, row.get("prompt")) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            raise WinnowError(f"{path} line {number}: no text in {column!r}; set prompts.column to the right key")
+        texts.append(value)
+    return texts
+
+
+def _parquet(path: Path, column: str) -> list[str]:
+    names = pq.read_schema(path).names
+    if column not in names:
+        raise WinnowError(f"{path}: no column {column!r}; set prompts.column to one of {', '.join(names)}")
+    return [text or "" for text in pq.read_table(path, columns=[column])[column].to_pylist()]
+
+
+def read(source: str, column: str = "text") -> list[str]:
+    """The texts of a named source or a .txt (one a line), .tsv, .csv, .jsonl or .parquet file."""
+    if source in SOURCES:
+        return SOURCES[source]()
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise WinnowError(f"prompts source {source!r}: no such file; give a file or one of {', '.join(SOURCES)}")
+    readers = {
+        ".txt": lambda: list(_lines(path)),
+        ".tsv": lambda: _csv(path, column, "\t"),
+        ".csv": lambda: _csv(path, column, ","),
+        ".jsonl": lambda: _jsonl(path, column),
+        ".parquet": lambda: _parquet(path, column),
+    }
+    if path.suffix not in readers:
+        raise WinnowError(f"prompts source {source!r}: unknown kind {path.suffix!r}; allowed: {', '.join(readers)}")
+    try:
+        texts = readers[path.suffix]()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise WinnowError(f"prompts source {source!r}: cannot be read ({error}); mend the file") from error
+    if not texts:
+        raise WinnowError(f"prompts source {source!r}: the file is empty; give one prompt a line")
+    return texts
+
+
+def rows(settings: Prompts, seed: int) -> pa.Table:
+    """The prompts table of a source: every distinct text once, kept or with the reason why not."""
+    texts = read(settings.source, settings.column)
+    benchmark = read(settings.benchmark, "Prompt") if settings.benchmark else ()
+    curated = curate(
+        texts,
+        keep=settings.keep,
+        longest=settings.longest,
+        least_clarity=settings.least_clarity,
+        least_specificity=settings.least_specificity,
+        near=settings.near,
+        benchmark=benchmark,
+        seed=seed % 2**31,
+    )
+    made: dict[int, dict[str, Any]] = {}
+    order = np.random.default_rng(seed).permutation(len(curated))
+    kept = [int(i) for i in order if curated[i].kept]
+    if len(kept) < 2:
+        reasons = sorted({p.reason for p in curated if p.reason})[:3]
+        raise WinnowError(
+            f"prompts source {settings.source!r}: {len(kept)} of {len(texts)} prompts pass, 2 are needed; "
+            f"reasons were such as {'; '.join(reasons)}"
+        )
+    held_out = set(kept[: max(1, round(settings.held_out * len(kept)))])
+    for i, prompt in enumerate(curated):
+        # A dropped text may repeat: its line number keeps the rows apart, so that every reason is kept.
+        key = prompt.text if prompt.kept else [prompt.text, i]
+        number = sample_id(["prompt", key])
+        made[number] = {
+            "prompt_id": number,
+            "text": prompt.text,
+            "source": Path(settings.source).name,
+            "split": "eval" if i in held_out else "train",
+            "cluster": prompt.cluster if prompt.cluster >= 0 else None,
+            "kept": prompt.kept,
+            "reason": prompt.reason or None,
+        }
+    return pa.Table.from_pylist(list(made.values()), schema=TABLES["prompts"].schema)
+
+
+def prompts(run: Run) -> None:
+    """Curate the recipe's source once a store."""
+    create(run.store)
+    settings = run.recipe.prompts
+    seed = run.seed("prompts")
+    content = digest(sorted(read(settings.source, settings.column)))
+    one = pa.table({"sample_id": pa.array([seed])})
+    spec = ["prompts", settings.model_dump(mode="json"), content, run.recipe.seed]
+    work = units("prompts", {}, one, 1, spec)
+    others = {part.path for part in latest(run.store).parts if part.table == "prompts"} - {work[0].path}
+    if others:
+        raise WinnowError(
+            f"{run.store}: the store holds prompts made from another source or with other settings "
+            f"({min(others)}); take another STORE, or the recipe that it was begun with"
+        )
+    complete(run, "prompts", "prompts", work, lambda: lambda _: rows(settings, seed))
+
+
+def chosen(run: Run, split: str, n: int | None) -> pa.Table:
+    """``n`` kept prompts of a split (prompt_id, text); training rounds go on where the last one stopped."""
+    found = run.query(
+        "SELECT prompt_id, text FROM prompts WHERE kept AND split = $split ORDER BY prompt_id", split=split
+    )
+    if not found.num_rows:
+        raise WinnowError(f"prompts: the store has no kept {split} prompts; run 'winnow prompts' first")
+    n = min(n or found.num_rows, found.num_rows)
+    start = (run.round - 1) * n if split == "train" and run.round > 0 else 0
+    return found.take(np.arange(start, start + n) % found.num_rows)

@@ -1,0 +1,108 @@
+"""A recipe: one table of settings a stage, from a YAML file, and what each arm changes in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from jobs.distance import Distance
+from jobs.embed import Embed
+from jobs.evaluate import Evaluate, Reference
+from jobs.export import Export
+from jobs.generate import Generate
+from jobs.guard import Guard
+from jobs.prompts import Prompts
+from jobs.score import Score
+from jobs.select import Select
+from jobs.train import Train
+from jobs.weigh import Weigh
+from schemas.errors import WinnowError
+from schemas.settings import Settings, explain
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Recipe(Settings):
+    """``name`` is the file's; ``arms``: by arm, the tables and keys that it has otherwise (null: like the rest)."""
+
+    name: str
+    model: str
+    seed: int = 0
+    rounds: int = Field(8, ge=1)
+    threads: int | None = Field(None, ge=1)
+    prompts: Prompts = Prompts()
+    generate: Generate = Generate()
+    reference: Reference = Reference()
+    embed: Embed = Embed()
+    score: Score = Score()
+    distance: Distance = Distance()
+    select: Select = Select()
+    weigh: Weigh = Weigh()
+    export: Export = Export()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    guard: Guard = Guard()
+    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}})
+
+    def for_arm(self, arm: str) -> Recipe:
+        """The recipe with that arm's changes applied; its ``arms`` stays, so that the file is told apart."""
+        if arm not in self.arms:
+            raise WinnowError(f"arm {arm!r}: not in recipe {self.name!r}; it has {', '.join(self.arms)}")
+        return _parse(_merge(self.model_dump(), self.arms[arm] or {}), f"recipe {self.name}, arm {arm}")
+
+
+def names() -> list[str]:
+    """The recipes that come with Winnow."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by the name it ships under, or from a .yaml file; each of its arms is checked, too."""
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+        if not path.is_file():
+            raise WinnowError(f"recipe {name!r}: unknown; there are {', '.join(names())}, or give a .yaml file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"recipe {name}: cannot be read ({error}); give a .yaml file") from error
+    except yaml.YAMLError as error:
+        raise WinnowError(f"recipe {name}: not YAML ({' '.join(str(error).split())}); mend the file") from error
+    if not isinstance(values, dict):
+        raise WinnowError(f"recipe {name}: holds {type(values).__name__}; write one 'key: value' a line")
+    recipe = _parse({"name": path.stem} | values, os.fspath(path.name))
+    for arm in recipe.arms:
+        recipe.for_arm(arm)
+    return recipe
+
+
+def override(recipe: Recipe, settings: list[tuple[list[str], Any]]) -> Recipe:
+    """The recipe with single settings changed, each a path of keys and a value."""
+    values = recipe.model_dump()
+    for keys, value in settings:
+        inner: Any = value
+        for key in reversed(keys):
+            inner = {key: inner}
+        values = _merge(values, inner)
+    return _parse(values, f"recipe {recipe.name}") if settings else recipe
+
+
+def _parse(values: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise WinnowError(explain(error, where)) from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,68 @@
+"""A run: what every stage is told about where and in which round it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.errors import WinnowError
+from schemas.ids import sample_id
+from storage.query import arrow
+
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+
+BASE = "base"  # the arm of what the base model made for everybody: D_0 and its own evaluation
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm of one round in one store. Round 0 is the base; round r trains model r from model r - 1.
+
+    ``recipe`` holds the settings of this arm. ``shard`` of ``n_shards``: the share of each stage's units that
+    this process does.
+    """
+
+    store: Path
+    recipe: Recipe
+    round: int = 1
+    arm: str = "curated"
+    shard: int = 0
+    n_shards: int = 1
+
+    def at(self, round: int) -> Run:
+        return replace(self, round=round)
+
+    def base(self) -> Run:
+        """Where the base model's own samples live."""
+        return replace(self, round=0, arm=BASE)
+
+    def query(self, sql: str, **params: Any) -> pa.Table:
+        """Rows of the newest snapshot; ``$name`` in the SQL takes the parameter of that name."""
+        return arrow(self.store, sql, params or None)
+
+    def seed(self, *what: Any) -> int:
+        """A 63-bit seed for one purpose, from the recipe's seed."""
+        return sample_id(["seed", self.recipe.seed, *what])
+
+    def start_model(self) -> str:
+        """The model that this round starts from: the base's, or what the round before promoted."""
+        if self.round <= 1:
+            return self.recipe.model
+        sql = "SELECT model FROM rounds WHERE round = $round AND arm = $arm"
+        rows = self.query(sql, round=self.round - 1, arm=self.arm)
+        if not rows.num_rows:
+            raise WinnowError(
+                f"round {self.round} of arm {self.arm!r} starts from round {self.round - 1}, which has no verdict "
+                f"yet; run 'winnow round --round {self.round - 1}' first"
+            )
+        return str(self.store / rows["model"][0].as_py())
+
+
+def ids(table: pa.Table) -> np.ndarray:
+    """The sample ids of a table, int64 [N]."""
+    return table["sample_id"].to_numpy()

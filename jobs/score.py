@@ -1,0 +1,83 @@
+"""Stage ``score``: how good each sample is for its prompt, by every scorer of the recipe."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from jobs import samples
+from jobs.images import images_of
+from jobs.named import known
+from jobs.run import Run
+from jobs.scorers import SCORERS, Scorer, scorer
+from jobs.stage import Work, complete, units
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+
+class Score(Settings):
+    """``scorers``: what selection may use; ``batch``: images at once."""
+
+    scorers: tuple[str, ...] = ()
+    batch: int = Field(64, ge=1)
+
+    @field_validator("scorers")
+    @classmethod
+    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            known("scorer", name, SCORERS)
+        return names
+
+
+def score(run: Run, split: str = "train", scorers: tuple[str, ...] | None = None) -> None:
+    """Score the samples of one split with the recipe's scorers, or those given."""
+    settings = run.recipe.score
+    for name in settings.scorers if scorers is None else scorers:
+        loaded = scorer(name)
+        rows = samples.of(run, split)
+        folders = {"round": run.round, "arm": run.arm, "split": split, "scorer": name}
+        work = units("scores", folders, rows, settings.batch, ["score", name, loaded.revision])
+        complete(run, f"score {name}", "scores", work, partial(_work, run, name, loaded))
+
+
+def _work(run: Run, name: str, loaded: Scorer) -> Work:
+    def work(rows: pa.Table) -> pa.Table:
+        prompts = rows["prompt"].to_pylist()
+        values, truncated = loaded.score(images_of(samples.with_images(run, rows)), prompts)
+        if np.shape(values) != (rows.num_rows,):
+            raise WinnowError(f"scorer {name}: gave {np.shape(values)} for {rows.num_rows} images; give [N]")
+        n = rows.num_rows
+        columns = {
+            "sample_id": rows["sample_id"],
+            "round": pa.array(np.full(n, run.round, np.int32)),
+            "scorer": pa.array([name] * n),
+            "revision": pa.array([loaded.revision] * n),
+            "value": pa.array(np.asarray(values, np.float64)),
+            "truncated": pa.array(np.asarray(truncated, bool)),
+        }
+        return pa.table(columns, schema=TABLES["scores"].schema)
+
+    return work
+
+
+def scores_of(run: Run, split: str, scorers: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Scores float64 [N] by scorer, in the order of ``samples.of``; WinnowError where one is missing."""
+    found = {}
+    expected = samples.of(run, split).num_rows
+    for name in scorers:
+        rows = run.query(
+            "SELECT value FROM scores JOIN samples USING (sample_id) WHERE scorer = $scorer "
+            "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
+            scorer=name, round=run.round, arm=run.arm, split=split,
+        )  # fmt: skip
+        if rows.num_rows != expected:
+            raise WinnowError(
+                f"scores: {rows.num_rows} of {expected} {split} samples of round {run.round} are scored by {name!r}; "
+                "run 'winnow score' first"
+            )
+        found[name] = rows["value"].to_numpy()
+    return found

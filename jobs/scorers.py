@@ -1,0 +1,68 @@
+"""Scorers: how good an image is for its prompt. A name is one of SCORERS, or ``package.module:object`` for your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from jobs import world
+from jobs.named import pick
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """``score(images, prompts) -> (values float [N], truncated bool [N])``, higher is better.
+
+    ``truncated`` tells where the text was longer than the scorer reads. ``revision`` changes whenever the values
+    would.
+    """
+
+    name: str
+    revision: str
+    score: Callable[[list[Image.Image], list[str]], tuple[np.ndarray, np.ndarray]]
+
+
+def _open_clip(model: str) -> Scorer:
+    from jobs.clip import Clip
+
+    clip = Clip(model)
+    return Scorer(f"open_clip:{model}", clip.revision, clip.score)
+
+
+def _scene_clip(_: str) -> Scorer:
+    found = _open_clip(f"local-dir:{world.WEIGHTS / 'clip'}")
+    return Scorer("scene-clip", found.revision, found.score)
+
+
+def _scene_reader(_: str) -> Scorer:
+    from jobs.world.reader import Reader
+
+    reader = Reader()
+    return Scorer("scene-reader", reader.revision, lambda images, prompts: (reader(images, prompts), _none(prompts)))
+
+
+def _scene_judge(_: str) -> Scorer:
+    from jobs.world.judge import Judge
+
+    judge = Judge()
+    return Scorer("scene-judge", judge.revision, lambda images, prompts: (judge(images, prompts)[0], _none(prompts)))
+
+
+def _none(prompts: list[str]) -> np.ndarray:
+    return np.zeros(len(prompts), bool)
+
+
+SCORERS: dict[str, Callable[[str], Scorer]] = {
+    "open_clip": _open_clip,  # cosine in [-1, 1]; open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:local-dir:/path
+    "scene-clip": _scene_clip,  # cosine in [-1, 1]; the embedded world's selecting scorer
+    "scene-reader": _scene_reader,  # log-likelihood, at most 0; never used to select
+    "scene-judge": _scene_judge,  # 1 where everything is as the caption says, else 0; never used to select
+}
+
+
+def scorer(name: str) -> Scorer:
+    """The scorer of that name; its weights are loaded when it is first used."""
+    return pick("scorer", name, SCORERS, Scorer)

@@ -1,0 +1,108 @@
+"""Stage ``select``: which samples of a round are kept, and why the others are not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from curate import select as choose
+from curate.fuse import rank_fusion, zscore_fusion
+from jobs import samples
+from jobs.embed import vectors_of
+from jobs.run import Run, ids
+from jobs.score import scores_of
+from jobs.stage import Work, complete, units
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+
+class Select(Settings):
+    """``keep``: samples of each prompt; ``budget``: samples in all (null: no limit). ``fuse`` joins several
+    ``scorers`` (null: those of ``score``) within a prompt. ``floors``: least value by scorer. ``dedup``: the
+    cosine similarity in ``space`` from which two samples count as one."""
+
+    policy: Literal["best_of_n", "top_k", "quantile_band", "diverse", "random"] = "best_of_n"
+    scorers: tuple[str, ...] | None = None
+    fuse: Literal["rank", "zscore"] = "rank"
+    keep: int = Field(1, ge=1)
+    budget: int | None = Field(None, ge=1)
+    band: tuple[float, float] = (0.0, 0.5)
+    floors: dict[str, float] = Field(default_factory=dict)
+    dedup: float | None = Field(None, gt=-1, le=1)
+    space: str | None = None
+
+
+def select(run: Run) -> None:
+    """Decide over the round's candidates; every reject is a row with its reason."""
+    settings = run.recipe.select
+    rows = samples.of(run, "train")
+    used = _scorers(run)
+    spec = ["select", settings.model_dump(mode="json"), used, run.recipe.seed]
+    work = units("selections", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
+    complete(run, "select", "selections", work, lambda: _work(run, settings, used))
+
+
+def _scorers(run: Run) -> tuple[str, ...]:
+    settings = run.recipe.select
+    if settings.policy == "random" and not settings.floors:
+        return ()
+    return run.recipe.score.scorers if settings.scorers is None else settings.scorers
+
+
+def _work(run: Run, settings: Select, used: tuple[str, ...]) -> Work:
+    def work(rows: pa.Table) -> pa.Table:
+        decision = decide(run, settings, used, rows)
+        n = rows.num_rows
+        columns = {
+            "selection": pa.array([run.arm] * n),
+            "round": pa.array(np.full(n, run.round, np.int32)),
+            "sample_id": rows["sample_id"],
+            "kept": pa.array(decision.kept),
+            "rank": pa.array(decision.rank.astype(np.int32), mask=decision.rank == 0),
+            "reason": pa.array([str(reason) for reason in decision.reason]),
+        }
+        return pa.table(columns, schema=TABLES["selections"].schema)
+
+    return work
+
+
+def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) -> choose.Decision:
+    """Floors, then near duplicates, then the policy: each over what the one before left."""
+    numbers, groups = ids(rows), rows["prompt_id"].to_numpy()
+    scores = scores_of(run, "train", tuple(dict.fromkeys([*used, *settings.floors])))
+    fused = np.zeros(len(numbers))
+    if len(used) == 1:
+        fused = scores[used[0]]
+    elif used:
+        stacked = np.stack([scores[name] for name in used], axis=1)
+        fused = {"rank": rank_fusion, "zscore": zscore_fusion}[settings.fuse](stacked, groups)
+    elif settings.policy != "random":
+        raise WinnowError(f"select.policy {settings.policy!r} needs scores; name scorers in score.scorers")
+    features = vectors_of(run, settings.space, "train")[1] if settings.space else None
+
+    everything = np.ones(len(numbers), bool)
+    before = choose.Decision(everything, np.zeros(len(numbers), np.int64), np.full(len(numbers), "", object))
+    if settings.floors:
+        before = choose.floors({name: scores[name] for name in settings.floors}, settings.floors)
+    if settings.dedup is not None:
+        if features is None:
+            raise WinnowError("select.dedup needs a space; set select.space to an encoder of embed.encoders")
+        left = before.kept
+        before = choose.narrow(before, choose.dedup(features[left], settings.dedup, fused[left], numbers[left]))
+    left = before.kept
+    if not left.any():
+        raise WinnowError(f"select: floors {settings.floors} leave none of {len(left)} samples; lower them")
+    options = {
+        "best_of_n": {"k": settings.keep},
+        "random": {"k": settings.keep},
+        "quantile_band": {"k": settings.keep, "low": settings.band[0], "high": settings.band[1]},
+    }.get(settings.policy, {})
+    policy = choose.POLICIES[settings.policy]
+    seed = run.seed("select", run.arm, run.round) % 2**31
+    some = None if features is None else features[left]
+    after = policy(fused[left], groups[left], numbers[left], some, settings.budget, seed, **options)
+    return choose.narrow(before, after)

@@ -1,0 +1,186 @@
+"""The trainer: weighted denoising loss over a pipeline's latents, resumable to the bit.
+
+The loss of a batch of n is Σ w_i · ‖prediction_i − target_i‖² / (n · D), w the sample weight (RSIDiff,
+equation 6) and D the numbers in a latent: weights are not renormalised, so weight 2 counts as the sample twice
+and weight 0 as its absence from the sum. What is predicted follows the scheduler: noise (ε), velocity (v) or
+flow. Every random number comes from the seed and the step, so a resumed run draws what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs.images import array, decode
+from jobs.latents import encode
+from jobs.progress import bar
+from schemas.errors import WinnowError
+
+if TYPE_CHECKING:
+    from jobs.train import Train
+
+Objective = Literal["epsilon", "v_prediction", "flow"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row: an image file with its text and weight."""
+
+    sample_id: int
+    text: str
+    weight: float
+    file: bytes
+
+
+def objective(scheduler: Any) -> Objective:
+    """What the pipeline's model predicts, from its scheduler's configuration."""
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    if kind in ("epsilon", "v_prediction"):
+        return kind
+    if kind == "flow_prediction":
+        return "flow"
+    raise WinnowError(f"model: its scheduler predicts {kind!r}; epsilon, v_prediction and flow can be trained")
+
+
+def noised(
+    kind: Objective, scheduler: Any, x: Tensor, noise: Tensor, draw: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, their timesteps [N] and the training target, from standard normal draws [N].
+
+    ε and v: t uniform over the training steps, target ε or √ᾱ·ε − √(1−ᾱ)·x. Flow: σ = sigmoid(draw), logit-normal
+    (arXiv 2403.03206, eq. 19), x_σ = (1−σ)·x + σ·ε, t = 1000·σ, target ε − x.
+    """
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    steps = scheduler.config.num_train_timesteps
+    if kind == "flow":
+        sigma = torch.sigmoid(draw)
+        return torch.lerp(x, noise, sigma.view(shape)), sigma * steps, noise - x
+    uniform = torch.special.ndtr(draw)
+    t = (uniform * steps).long().clamp(0, steps - 1)
+    alpha_bar = scheduler.alphas_cumprod.to(x.device)[t].view(shape)
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    target = noise if kind == "epsilon" else signal * noise - spread * x
+    return signal * x + spread * noise, t, target
+
+
+def weighted_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Σ w_i ‖prediction_i − target_i‖² / (N · D): scalar."""
+    each = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (weights * each).mean()
+
+
+def lr_factor(step: int, steps: int, floor: float) -> float:
+    """Cosine from 1 down to ``floor``."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def text_contexts(pipe: Any, texts: list[str], batch: int = 64) -> dict[str, Tensor]:
+    """Text embeddings by text [T, D], each text once; the empty text is among them."""
+    distinct = sorted({*texts, ""})
+    contexts = {}
+    with torch.no_grad():
+        for start in range(0, len(distinct), batch):
+            some = distinct[start : start + batch]
+            made = pipe.encode_prompt(some, pipe.device, 1, do_classifier_free_guidance=False)[0]
+            contexts.update(zip(some, made.float().cpu(), strict=True))
+    return contexts
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The sample order of one epoch."""
+    return np.random.default_rng([seed % 2**63, epoch]).permutation(n)
+
+
+def batch_rows(seed: int, step: int, batch: int, n: int) -> np.ndarray:
+    """Rows of a step's batch [batch]: epochs run on into each other, so every batch is full."""
+    first = step * batch
+    places = np.arange(first, first + batch)
+    epochs = {int(e): order(seed, int(e), n) for e in np.unique(places // n)}
+    return np.array([epochs[int(place // n)][place % n] for place in places])
+
+
+def fine_tune(
+    pipe: Any, rows: list[Example], settings: Train, seed: int, progress: Path, label: str = "train"
+) -> None:
+    """Fine-tune ``pipe.unet`` in place on latents of ``rows``; state is kept in the file ``progress``.
+
+    Raises WinnowError where a weight is negative or not finite, all are zero, or the loss is not finite.
+    """
+    if not hasattr(pipe, "unet"):
+        raise WinnowError(f"model: a {type(pipe).__name__} has no U-Net; this trainer fine-tunes U-Net pipelines")
+    weights = torch.tensor([row.weight for row in rows])
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool((weights > 0).any()):
+        raise WinnowError("train: weights must be finite, at least 0 and not all 0; weigh and export again")
+    kind = objective(pipe.scheduler)
+    device = pipe.device
+    contexts = text_contexts(pipe, [row.text for row in rows])
+    images = array([decode(row.file, f"sample {row.sample_id}") for row in rows])
+    latents = encode(pipe.vae.float(), images)
+    unet = pipe.unet.float().train()
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    first = _resume(progress, unet, average, optimiser)
+    with bar(label, settings.steps) as advance:
+        advance(first)
+        for step in range(first, settings.steps):
+            some = batch_rows(seed, step, settings.batch, len(rows))
+            random = torch.Generator().manual_seed((seed + step) % 2**63)
+            x = latents[some].to(device)
+            noise = torch.randn(x.shape, generator=random).to(device)
+            draw = torch.randn(len(some), generator=random).to(device)
+            dropped = torch.rand(len(some), generator=random) < settings.prompt_dropout
+            texts = ["" if d else rows[i].text for i, d in zip(some, dropped, strict=True)]
+            context = torch.stack([contexts[text] for text in texts]).to(device)
+            noisy, t, target = noised(kind, pipe.scheduler, x, noise, draw)
+            loss = weighted_loss(unet(noisy, t, context).sample, target, weights[some].to(device))
+            if not bool(torch.isfinite(loss)):
+                first_few = ", ".join(str(rows[i].sample_id) for i in some[:5])
+                raise WinnowError(
+                    f"train: the loss is {loss.item()} at step {step} (samples {first_few}, …); lower train.lr"
+                )
+            for group in optimiser.param_groups:
+                group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimiser.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
+            advance()
+            if settings.checkpoint and (step + 1) % settings.checkpoint == 0 and step + 1 < settings.steps:
+                _keep(progress, step + 1, unet, average, optimiser)
+    with torch.no_grad():
+        for p, a in zip(parameters, average, strict=True):
+            p.copy_(a)
+    unet.eval()
+
+
+def _keep(progress: Path, step: int, unet: nn.Module, average: list[Tensor], optimiser: torch.optim.Optimizer) -> None:
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "unet": unet.state_dict(), "average": average, "optimiser": optimiser.state_dict()}
+    draft = progress.with_suffix(f".{os.getpid()}")
+    with open(draft, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, progress)
+
+
+def _resume(progress: Path, unet: nn.Module, average: list[Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """The step to go on from, 0 where nothing was kept."""
+    if not progress.exists():
+        return 0
+    state = torch.load(progress, weights_only=True)
+    unet.load_state_dict(state["unet"])
+    optimiser.load_state_dict(state["optimiser"])
+    for mine, kept in zip(average, state["average"], strict=True):
+        mine.copy_(kept)
+    return int(state["step"])

@@ -1,0 +1,87 @@
+"""Stage ``weigh``: how much each kept sample counts, by its distance to D_0 (RSIDiff, equation 5)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from curate import weigh as law
+from jobs.distance import distances_of
+from jobs.progress import say
+from jobs.run import Run, ids
+from jobs.stage import Work, complete, units
+from schemas.errors import WinnowError
+from schemas.settings import Settings
+from schemas.tables import TABLES
+
+
+class Weigh(Settings):
+    """``by``: "distance", or "nothing" for weight 1. ``beta`` and ``sigma2`` in the unit of the distance; where
+    null, beta is the ``quantile`` of D_0's distance to itself and sigma2 the spread from there to ``tail``."""
+
+    by: Literal["distance", "nothing"] = "distance"
+    beta: float | None = None
+    quantile: float = Field(0.9, ge=0, lt=1)
+    sigma2: float | None = Field(None, gt=0)
+    tail: float = Field(0.99, gt=0, le=1)
+
+
+def kept(run: Run) -> pa.Table:
+    """sample_id of the round's kept samples; WinnowError where nothing was selected yet."""
+    found = run.query(
+        "SELECT sample_id FROM selections WHERE kept AND selection = $arm AND round = $round ORDER BY sample_id",
+        arm=run.arm, round=run.round,
+    )  # fmt: skip
+    if not found.num_rows:
+        raise WinnowError(f"selections: round {run.round} of {run.arm!r} keeps nothing; run 'winnow select' first")
+    return found
+
+
+def law_of(run: Run) -> tuple[float, float]:
+    """beta and sigma2 of this run, from the recipe or calibrated on D_0."""
+    settings = run.recipe.weigh
+    if settings.beta is not None and settings.sigma2 is not None:
+        return settings.beta, settings.sigma2
+    _, own = distances_of(run.base(), "reference")
+    beta = law.threshold(own, settings.quantile) if settings.beta is None else settings.beta
+    sigma2 = law.decay(own, settings.quantile, settings.tail) if settings.sigma2 is None else settings.sigma2
+    return beta, sigma2
+
+
+def weigh(run: Run) -> None:
+    """Weights of the round's kept samples."""
+    settings = run.recipe.weigh
+    rows = kept(run)
+    spec = ["weigh", settings.model_dump(mode="json"), run.recipe.distance.model_dump(mode="json")]
+    work = units("weights", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
+    complete(run, "weigh", "weights", work, lambda: _work(run, settings))
+
+
+def _work(run: Run, settings: Weigh) -> Work:
+    def work(rows: pa.Table) -> pa.Table:
+        n = rows.num_rows
+        weights = np.ones(n)
+        if settings.by == "distance":
+            if run.recipe.distance.space is None:
+                raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
+            numbers, values = distances_of(run, "train")
+            place = {number: i for i, number in enumerate(numbers.tolist())}
+            beta, sigma2 = law_of(run)
+            weights = law.weights(values[[place[number] for number in ids(rows).tolist()]], beta, sigma2)
+            size = law.effective_sample_size(weights)
+            say(
+                f"weigh {run.arm} round {run.round}: beta {beta:.4g}, sigma2 {sigma2:.4g}; "
+                f"mean weight {weights.mean():.3f}, effective samples {size:.0f} of {n}"
+            )
+        columns = {
+            "selection": pa.array([run.arm] * n),
+            "round": pa.array(np.full(n, run.round, np.int32)),
+            "sample_id": rows["sample_id"],
+            "weight": pa.array(weights),
+        }
+        return pa.table(columns, schema=TABLES["weights"].schema)
+
+    return work

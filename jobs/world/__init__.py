@@ -1,0 +1,6 @@
+"""The embedded world: captioned scenes of real handwritten digits, small enough to improve on a laptop."""
+
+from pathlib import Path
+
+#: What ``make base`` built: pipeline/, clip/, reader.safetensors, judge.safetensors, real.json, card.json.
+WEIGHTS = Path(__file__).parent / "weights"

@@ -1,0 +1,195 @@
+"""``make base``: every model of the embedded world, from a seed and a file of handwritten digits.
+
+Three disjoint slices of the handwriting train the generator, the scorers (again apart from each other) and the
+judge; a fourth is shown to none and gives the figures. Every part draws from its own seed, so building one of
+them again gives what building all of them does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from curate.drift import diversity, moments, proportion
+from jobs.progress import bar, say
+from jobs.world import WEIGHTS
+from jobs.world.clip import one_slot_wrong, save_clip, train_clip
+from jobs.world.fit import Progress, pixels, store
+from jobs.world.generator import train_autoencoder, train_generator
+from jobs.world.judge import DigitReader, judge, restore, train_judge
+from jobs.world.reader import SlotReader, log_likelihood, train_reader
+from jobs.world.scenes import Handwriting, Scene, all_captions, draw_scenes, handwriting, parse, render
+from schemas.errors import WinnowError
+
+#: Shares of the shuffled handwriting: nobody's test digits come last.
+SLICES = {
+    "generator": (0.0, 0.25),
+    "clip": (0.25, 0.42),
+    "reader": (0.42, 0.5),
+    "judge": (0.5, 0.917),
+    "test": (0.917, 1.0),
+}
+STEPS = {"autoencoder": 1500, "generator": 4500, "clip": 2000, "reader": 800, "judge": 1500}
+Slices = dict[str, Handwriting]
+Steps = dict[str, int]
+Figures = dict[str, Any]
+PARTS = ("generator", "clip", "reader", "judge", "real")
+
+
+def digits(data: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 [N, H, W], labels [N] and where they come from: a .npz file with ``images`` and ``labels`` (or
+    ``x_train`` and ``y_train``), or scikit-learn's bundled 8×8 digits where ``data`` is empty."""
+    if not data:
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        return (found.images * 255 / 16).round().astype(np.uint8), found.target, "scikit-learn digits"
+    path = Path(data).expanduser()
+    try:
+        with np.load(path) as held:
+            names = ("images", "labels") if "images" in held else ("x_train", "y_train")
+            images, labels = held[names[0]], held[names[1]]
+    except (OSError, ValueError, KeyError) as error:
+        raise WinnowError(f"{data}: no handwriting there ({error}); give an .npz with 'images' and 'labels'") from error
+    if images.ndim != 3 or len(images) != len(labels) or len(images) < 1000:
+        raise WinnowError(f"{data}: images {images.shape}, labels {labels.shape}; give [N, H, W] and [N], N ≥ 1000")
+    return images.astype(np.uint8), labels, path.name
+
+
+def slices(images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, Handwriting]:
+    """The shuffled handwriting, cut as SLICES says."""
+    shuffled = np.random.default_rng([seed, 0]).permutation(len(images))
+    hand = handwriting(images[shuffled], labels[shuffled])
+    n = len(images)
+    return {name: hand.slice(round(low * n), round(high * n)) for name, (low, high) in SLICES.items()}
+
+
+def build(
+    data: str | None, seed: int = 0, to: Path = WEIGHTS, only: tuple[str, ...] = PARTS, scale: float = 1.0
+) -> None:
+    """Train the parts and write them with their figures into ``to``. ``scale`` multiplies the training steps."""
+    unknown = [part for part in only if part not in PARTS]
+    if unknown:
+        raise WinnowError(f"base: unknown part {unknown[0]!r}; allowed are {', '.join(PARTS)}")
+    images, labels, source = digits(data)
+    hand = slices(images, labels, seed)
+    to.mkdir(parents=True, exist_ok=True)
+    card_file = to / "card.json"
+    card = json.loads(card_file.read_text()) if card_file.exists() else {"parts": {}}
+    card |= {"handwriting": source, "digits": len(images), "seed": seed, "slices": SLICES}
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "generator": _generator, "clip": _clip, "reader": _reader, "judge": _judge, "real": _real,
+    }  # fmt: skip
+    for part in only:
+        wall, cpu = time.perf_counter(), time.process_time()
+        torch.manual_seed(seed)
+        rng = np.random.default_rng([seed, 1 + PARTS.index(part)])
+        figures = makers[part](hand, {k: max(2, round(v * scale)) for k, v in STEPS.items()}, rng, to)
+        card["parts"][part] = figures | {
+            "seconds": round(time.perf_counter() - wall), "cpu_seconds": round(time.process_time() - cpu),
+            "cores": os.cpu_count(),
+        }  # fmt: skip
+        card_file.write_text(json.dumps(card, indent=2) + "\n")
+        say(f"base {part}: {card['parts'][part]}")
+
+
+def _watch(stack: ExitStack) -> Progress:
+    """A progress bar for each model that reports."""
+    bars: dict[str, Any] = {}
+
+    def progress(name: str, step: int, steps: int, _: float) -> None:
+        if name not in bars:
+            bars[name] = stack.enter_context(bar(f"base {name}", steps))
+        bars[name]()
+
+    return progress
+
+
+def _generator(hand: Slices, steps: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    with ExitStack() as stack:
+        progress = _watch(stack)
+        vae = train_autoencoder(hand["generator"], steps["autoencoder"], rng, progress)
+        x = pixels(render(draw_scenes(256, rng), hand["test"], rng))
+        with torch.no_grad():
+            error = float((vae.decode(vae.encode(x).latent_dist.mean).sample - x).square().mean().sqrt())
+        pipe = train_generator(hand["generator"], vae, steps["generator"], 128, rng, progress)
+    pipe.to(torch.float16).save_pretrained(to / "pipeline")
+    return {"autoencoder_rmse": round(error, 4), "steps": [steps["autoencoder"], steps["generator"]]}
+
+
+def _clip(hand: Slices, steps: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    with ExitStack() as stack:
+        model = train_clip(hand["clip"], steps["clip"], rng, _watch(stack))
+    save_clip(model, to / "clip")
+    from jobs.clip import Clip
+    from jobs.world.scenes import caption
+
+    clip = Clip(f"local-dir:{to / 'clip'}")
+    scenes, images = _test(hand, rng)
+    from PIL import Image
+
+    pictures = [Image.fromarray(image) for image in images]
+    right = clip.score(pictures, [caption(s) for s in scenes])[0]
+    wrong = clip.score(pictures, [caption(one_slot_wrong(s, rng)) for s in scenes])[0]
+    return {"ranks_right_caption_first": round(float((right > wrong).mean()), 4), "steps": steps["clip"]}
+
+
+def _reader(hand: Slices, steps: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    with ExitStack() as stack:
+        store(train_reader(hand["reader"], steps["reader"], rng, _watch(stack)), to / "reader.safetensors")
+    model = restore(SlotReader(), to / "reader.safetensors")
+    scenes, images = _test(hand, rng)
+    with torch.no_grad():
+        right = log_likelihood(model, pixels(images), scenes)
+        wrong = log_likelihood(model, pixels(images), [one_slot_wrong(s, rng) for s in scenes])
+    return {"ranks_right_caption_first": round(float((right > wrong).float().mean()), 4), "steps": steps["reader"]}
+
+
+def _judge(hand: Slices, steps: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    with ExitStack() as stack:
+        store(train_judge(hand["judge"], steps["judge"], rng, _watch(stack)), to / "judge.safetensors")
+    model = restore(DigitReader(), to / "judge.safetensors")
+    scenes, images = _test(hand, rng, 4000)
+    right, _ = judge(model, images, scenes)
+    fooled, _ = judge(model, images, [one_slot_wrong(s, rng) for s in scenes])
+    single = np.array([s.relation is None for s in scenes])
+    return {
+        "accuracy": round(float(right.mean()), 4),
+        "accuracy_one_digit": round(float(right[single].mean()), 4),
+        "accuracy_two_digits": round(float(right[~single].mean()), 4),
+        "accepts_one_slot_wrong": round(float(fooled.mean()), 4),
+        "steps": steps["judge"],
+    }
+
+
+def _real(hand: Slices, _: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    """What real scenes of the demo's captions measure: the ceiling of every figure, and the target of ``fd_real``."""
+    from safetensors.numpy import save_file
+
+    model = restore(DigitReader(), to / "judge.safetensors")
+    scenes = [replace(parse(text)) for text in all_captions() for _ in range(25)]
+    images = render(scenes, hand["test"], rng)
+    right, features = judge(model, images, scenes)
+    mean, cov, n = moments(features)
+    save_file({"mean": mean, "cov": cov}, to / "real.safetensors")
+    groups = np.repeat(np.arange(n // 25), 25)
+    share = proportion(float(right.sum()), n)
+    return {
+        "scenes": n,
+        "judge_accuracy": round(share.value, 4),
+        "diversity": round(diversity(features, groups), 2),
+    }
+
+
+def _test(hand: Slices, rng: np.random.Generator, n: int = 2000) -> tuple[list[Scene], np.ndarray]:
+    scenes = draw_scenes(n, rng)
+    return scenes, render(scenes, hand["test"], rng)

@@ -1,0 +1,60 @@
+"""Settings of a stage: small, frozen, and strict about unknown keys."""
+
+import difflib
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Settings(BaseModel):
+    """Base of every settings table. Unknown keys are refused together with the keys that exist."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        # Pydantic's own `extra_forbidden` error does not say which keys exist; only the class knows.
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    context = {"key": str(key), "allowed": list(cls.model_fields)}
+                    raise PydanticCustomError("unknown_key", "unknown key", context)
+        return values
+
+
+def _nearest(word: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line for a refused settings table: the key, what came, what is allowed, the cure.
+
+    `where` names the table to the user, such as "recipes/demo.yaml". Further errors are only counted.
+    """
+    first, *others = error.errors()
+    context = first.get("ctx", {})
+    path = [str(step) for step in first["loc"]]
+    if first["type"] == "unknown_key":
+        key, allowed = context["key"], context["allowed"]
+        names = ", ".join(allowed) or "none"
+        line = f"unknown key {'.'.join([*path, key])!r}; {_nearest(key, allowed)}allowed keys: {names}"
+    elif first["type"] == "missing":
+        line = f"key {'.'.join(path)!r} is missing; add it"
+    else:
+        rule = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        came = _shown(first["input"])
+        hint = ""
+        if first["type"] == "literal_error" and isinstance(first["input"], str):
+            hint = _nearest(first["input"], re.findall(r"'([^']*)'", context["expected"]))
+        line = f"{'.'.join(path) or 'the table'} is {came}: {rule}; {hint}change it there"
+    more = f" (and {len(others)} more)" if others else ""
+    return " ".join(f"{where}: {line}{more}".split())

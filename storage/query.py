@@ -1,0 +1,163 @@
+"""SQL over a snapshot: trusted for jobs, in a sandbox for users."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from schemas.errors import WinnowError
+from storage.layout import check
+from storage.snapshot import Snapshot, latest, load
+from storage.views import literal, no_glob, views
+
+RESULT_BYTES = 2 * 2**30  # the most that a user's query may return; DuckDB's memory limit does not count it
+
+_SANDBOX = {
+    "autoload_known_extensions": False,
+    "autoinstall_known_extensions": False,
+    "allow_community_extensions": False,
+    "allow_persistent_secrets": False,
+    "temp_directory": "",  # no spilling: a query that needs it fails with a clear error
+}
+# The kinds of query in a syntax tree that only read. Others exist: DuckDB 2 parses
+# "WITH x AS (COPY … TO 'file') SELECT 1" as a SELECT, and it writes the file.
+_READS = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+
+
+def connect(
+    root: str | Path, snapshot: Snapshot | int | None = None, memory: str = "2GB", threads: int = 1
+) -> duckdb.DuckDBPyConnection:
+    """An in-memory connection with the views of `snapshot` (a number; None: the newest). For trusted SQL.
+
+    One thread by default: with more, the sum of doubles differs from run to run.
+    """
+    home = check(root)
+    spill = str(home / "staging" / "spill")
+    connection = duckdb.connect(config={"memory_limit": memory, "threads": threads, "temp_directory": spill})
+    return _with_views(connection, home, snapshot)
+
+
+def _with_views(
+    connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None
+) -> duckdb.DuckDBPyConnection:
+    # SQL must not see the Python variables of whoever calls.
+    connection.execute("SET python_enable_replacements = false")
+    if snapshot is None:
+        snapshot = latest(home)
+    elif isinstance(snapshot, int):
+        snapshot = load(home, snapshot)
+    for statement in views(snapshot, home):
+        connection.execute(statement)
+    return connection
+
+
+def arrow(
+    root: str | Path, sql: str, params: list[Any] | None = None, snapshot: Snapshot | int | None = None
+) -> pa.Table:
+    """The result of one trusted statement as an Arrow table. Vectors come as list<float>, not float16."""
+    with connect(root, snapshot) as connection:
+        return connection.sql(sql, params=params).to_arrow_table()
+
+
+def user_query(
+    root: str | Path,
+    sql: str,
+    snapshot: Snapshot | int | None = None,
+    memory: str = "2GB",
+    seconds: float = 300.0,
+) -> pa.Table:
+    """The result of a user's SQL (of its last statement), which can read this store and nothing else.
+
+    Only SELECT, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN. Raises WinnowError, in one line, for anything that
+    DuckDB or the sandbox refuses, and when `memory`, `seconds` or RESULT_BYTES run out.
+    """
+    home = check(root)
+    statements = list(_read_only(sql))
+    config = {"memory_limit": memory, "threads": 2, **_SANDBOX}
+    with duckdb.connect(config=config) as connection:
+        _with_views(connection, home, snapshot)
+        # The escaped form, too: DuckDB compares it with the paths in the views.
+        allowed = ", ".join(literal(text) for text in {str(home), no_glob(home)})
+        connection.execute(f"SET allowed_directories = [{allowed}]")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        timer = Timer(seconds, connection.interrupt)
+        timer.start()
+        try:
+            result = pa.table({})
+            for statement in statements:
+                result = _fetch(connection, statement)
+            return result
+        except (
+            duckdb.Error,
+            OSError,
+        ) as error:  # while rows stream, Arrow reports DuckDB's errors as OSError
+            reason = _one_line(error)
+            if "INTERRUPT" in reason:
+                reason = f"not done after {seconds:g} s; narrow it with WHERE, or raise the limit"
+            elif reason.startswith("Out of Memory"):
+                reason = f"needs more memory than {memory}; select fewer columns or rows"
+            raise WinnowError(f"sql: {reason}") from error
+        finally:
+            timer.cancel()
+
+
+def _fetch(connection: duckdb.DuckDBPyConnection, statement: str) -> pa.Table:
+    reader = connection.sql(statement).to_arrow_reader(10_000)
+    batches, size = [], 0
+    for batch in reader:
+        batches.append(batch)
+        size += batch.nbytes
+        if size > RESULT_BYTES:
+            limit = RESULT_BYTES // 2**20
+            raise WinnowError(f"sql: the result is over {limit} MiB; add LIMIT or select fewer columns")
+    return pa.Table.from_batches(batches, schema=reader.schema)
+
+
+def _read_only(sql: str) -> Iterator[str]:
+    """The statements of `sql`; WinnowError where one could do more than read."""
+    try:
+        statements = duckdb.extract_statements(sql)
+    except duckdb.Error as error:
+        raise WinnowError(f"sql: {_one_line(error)}") from error
+    if not statements:
+        raise WinnowError('sql: empty; try "SELECT * FROM rounds"')
+    for statement in statements:
+        text = statement.query
+        if statement.type == duckdb.StatementType.EXPLAIN:
+            # EXPLAIN ANALYZE runs what it explains, so that must only read as well.
+            text = re.sub(r"\A\s*explain\s+(analyze\s)?", "", text, flags=re.IGNORECASE)
+        if not _reads(text):
+            kind = str(statement.type).rsplit(".", 1)[-1]
+            raise WinnowError(
+                f"sql: {kind} statement that may do more than read; "
+                "only SELECT, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN of them are allowed"
+            )
+        yield statement.query
+
+
+def _reads(text: str) -> bool:
+    with duckdb.connect() as connection:
+        row = connection.execute("SELECT json_serialize_sql(?)", [text]).fetchone()
+    tree = json.loads(row[0]) if row else {"error": True}
+    return not tree["error"] and _nodes(tree) <= _READS
+
+
+def _nodes(tree: Any) -> set[str]:
+    """The kinds of all query nodes in a syntax tree."""
+    if isinstance(tree, list):
+        return set().union(*map(_nodes, tree))
+    if not isinstance(tree, dict):
+        return set()
+    here = tree.get("type")
+    kinds = {here} if isinstance(here, str) and here.endswith("_NODE") else set()
+    return kinds.union(*map(_nodes, tree.values()))
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).split("\n\n")[0]

@@ -1,0 +1,81 @@
+"""Verify: is everything that was sealed still there, bit by bit?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from schemas.errors import WinnowError
+from storage.commit import Part, find
+from storage.layout import check
+from storage.snapshot import load, numbers
+
+
+@dataclass(frozen=True)
+class Report:
+    """What verify found. Problems need a cure; notes (unsealed parts, leftovers) are harmless."""
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    parts: int
+    bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Read every part of every snapshot and compare it with what was sealed.
+
+    `progress(done, total)` is called after each part. Reads the whole store: about the disk's speed.
+    """
+    home = check(root)
+    problems: list[str] = []
+    sealed: dict[tuple[str, str], tuple[Part, int]] = {}  # (path, sha256) → part, first snapshot with it
+    found = numbers(home)
+    for number in sorted(set(range(1, found[-1] + 1)) - set(found) if found else ()):
+        problems.append(f"snapshots/{number:06d}.json: missing; restore it from a copy")
+    for number in found:
+        try:
+            snapshot = load(home, number)
+        except WinnowError as error:
+            problems.append(str(error))
+            continue
+        for part in snapshot.parts:
+            sealed.setdefault((part.path, part.sha256), (part, number))
+    for done, (part, number) in enumerate(sealed.values(), start=1):
+        wrong = _wrong(home, part)
+        if wrong:
+            problems.append(
+                f"{part.path}: {wrong} (sealed in snapshot {number}); restore it from a copy, or move it "
+                "away and run its stage again"
+            )
+        progress(done, len(sealed))
+    total = sum(part.bytes for part, _ in sealed.values())
+    return Report(tuple(problems), tuple(_notes(home, {path for path, _ in sealed})), len(sealed), total)
+
+
+def _wrong(root: Path, sealed: Part) -> str:
+    """What is wrong with a part, or nothing."""
+    try:
+        part = find(root, sealed.path)
+    except WinnowError as error:
+        return str(error).removeprefix(f"{sealed.path}: ").split(";")[0]
+    if part is None:
+        return "missing"
+    for what in ("rows", "fingerprint", "sha256"):
+        came, should = getattr(part, what), getattr(sealed, what)
+        if came != should:
+            return f"{what} is {came}, should be {should}"
+    return ""
+
+
+def _notes(root: Path, sealed: set[str]) -> list[str]:
+    notes = []
+    for path in sorted((root / "tables").rglob("*")):
+        relative = path.relative_to(root).as_posix()
+        if path.is_file() and relative not in sealed:
+            notes.append(f"{relative}: not sealed; a stage was interrupted, or is still running")
+    for path in sorted((root / "staging").iterdir()):
+        notes.append(f"staging/{path.name}: left over; safe to remove when nothing is running")
+    return notes

@@ -1,0 +1,114 @@
+"""SQL views over the parts of a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import duckdb
+import pyarrow as pa
+
+from schemas.errors import WinnowError
+from schemas.tables import IMAGE, TABLES
+
+if TYPE_CHECKING:
+    from storage.snapshot import Snapshot
+
+_SQL_TYPES = {
+    pa.int64(): "BIGINT", pa.int32(): "INTEGER", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN",
+    pa.string(): "VARCHAR", IMAGE: "STRUCT(bytes BLOB, path VARCHAR)",
+    pa.list_(pa.float16()): "FLOAT[]",  # DuckDB has no half floats, and reads them as FLOAT
+}  # fmt: skip
+
+
+def identifier(name: str) -> str:
+    """`name` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """`text` as a quoted SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def no_glob(path: str | Path) -> str:
+    """`path` so that DuckDB takes it by the letter, also with *, ? and [ in it."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(path))
+
+
+def scan(root: Path, paths: Iterable[str], filename: bool = False) -> str:
+    """SQL of a table function that reads exactly these parts (relative paths)."""
+    files = ", ".join(literal(no_glob(root / path)) for path in paths)
+    # Folder names of the store's own path must not become columns, hence no hive partitioning.
+    return f"read_parquet([{files}], hive_partitioning = false, filename = {str(filename).lower()})"
+
+
+def views(snapshot: Snapshot, root: str | Path) -> list[str]:
+    """CREATE VIEW statements for every table (empty and typed where it has no parts) and for `curated`."""
+    home = Path(root).resolve()
+    paths: dict[str, list[str]] = {name: [] for name in TABLES}
+    first: dict[str, tuple[str, str]] = {}
+    for part in snapshot.parts:
+        columns = part.fingerprint.split("-")[0]
+        path, expected = first.setdefault(part.table, (part.path, columns))
+        if columns != expected:
+            raise WinnowError(
+                f"{part.table}: {path} and {part.path} have different columns; "
+                "read an older snapshot, or write one of them again with this Winnow"
+            )
+        paths[part.table].append(part.path)
+    scorers = _scorers(home, tuple(paths["scores"]))
+    bodies = {name: _table(name, home, paths[name]) for name in TABLES}
+    bodies["selections"] = _weighted(bodies["selections"], bodies["weights"])
+    bodies["curated"] = _curated(scorers)
+    return [f"CREATE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
+
+
+def _table(name: str, root: Path, paths: list[str]) -> str:
+    if paths:
+        columns = ", ".join(identifier(column) for column in TABLES[name].schema.names)
+        return f"SELECT {columns} FROM {scan(root, paths)}"
+    fields = TABLES[name].schema
+    columns = ", ".join(f"NULL::{_SQL_TYPES[field.type]} AS {identifier(field.name)}" for field in fields)
+    return f"SELECT {columns} WHERE false"
+
+
+def _weighted(selections: str, weights: str) -> str:
+    """Selections with their weights: 0 for a reject, NULL for a kept row that is not weighed yet."""
+    return (
+        f"SELECT selection, round, sample_id, kept, rank, CASE WHEN kept THEN weight ELSE 0.0 END AS weight, reason "
+        f"FROM ({selections}) LEFT JOIN ({weights}) USING (selection, round, sample_id)"
+    )
+
+
+@lru_cache(maxsize=16)  # parts never change, so their scorers do not either
+def _scorers(root: Path, paths: tuple[str, ...]) -> tuple[str, ...]:
+    if not paths:
+        return ()
+    with duckdb.connect() as connection:
+        sql = f"SELECT DISTINCT scorer FROM {scan(root, paths)} ORDER BY scorer"
+        rows = connection.execute(sql).fetchall()
+    return tuple(row[0] for row in rows)
+
+
+def _curated(scorers: tuple[str, ...]) -> str:
+    """One row a kept selection row, with the scores as a struct that has one field a scorer."""
+    fields: dict[str, str] = {}
+    for scorer in scorers:
+        # Struct fields ignore case: a second scorer that differs in case only gets a longer name.
+        name = scorer
+        while name.lower() in (known.lower() for known in fields):
+            name += "_"
+        fields[name] = f"max(value) FILTER (WHERE scorer = {literal(scorer)})"
+    pairs = ", ".join(f"{identifier(name)} := {value}" for name, value in fields.items())
+    struct = f"struct_pack({pairs or 'none := NULL::DOUBLE'}) AS scores"
+    scores = f"SELECT sample_id, {struct} FROM scores GROUP BY sample_id"
+    return (
+        "SELECT chosen.selection, chosen.sample_id, chosen.round, made.prompt_id, made.prompt, made.image, "
+        "chosen.weight, chosen.rank, scored.scores, made.seed, made.model, made.width, made.height, "
+        "made.arm, made.split, made.parent_id, made.refiner, chosen.reason "
+        "FROM selections AS chosen JOIN samples AS made USING (sample_id) "
+        f"LEFT JOIN ({scores}) AS scored USING (sample_id) WHERE chosen.kept"
+    )

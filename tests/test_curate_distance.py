@@ -1,0 +1,166 @@
+"""Distances to a reference set, against brute force in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from curate import arrays
+from curate import distance as d
+from schemas.errors import WinnowError
+
+WORLDS = {
+    "plain": (lambda rng: (rng.normal(size=(37, 12)), rng.normal(size=(53, 12)))),
+    "far from the origin": (lambda rng: (1e4 + rng.normal(size=(37, 12)), 1e4 + rng.normal(size=(53, 12)))),
+    "float32, far": (
+        lambda rng: (
+            (500 + rng.normal(size=(37, 12))).astype(np.float32),
+            (500 + rng.normal(size=(53, 12))).astype(np.float32),
+        )
+    ),
+    "float16": (
+        lambda rng: (
+            rng.normal(size=(37, 12)).astype(np.float16),
+            rng.normal(size=(53, 12)).astype(np.float16),
+        )
+    ),
+    "scales apart": (
+        lambda rng: (rng.normal(size=(37, 12)) * 10.0 ** np.arange(-3, 9), rng.normal(size=(53, 12)))
+    ),
+    "more columns than rows": (lambda rng: (rng.normal(size=(5, 90)), rng.normal(size=(9, 90)) + 3)),
+    "one reference": (lambda rng: (rng.normal(size=(5, 4)), rng.normal(size=(1, 4)))),
+}
+
+
+def brute(x: np.ndarray, ref: np.ndarray, metric: str) -> np.ndarray:
+    x, ref = x.astype(np.float64), ref.astype(np.float64)
+    name = {"l2": "euclidean", "mse": "sqeuclidean", "cosine": "cosine"}[metric]
+    return cdist(x, ref, name) / (x.shape[1] if metric == "mse" else 1)
+
+
+@pytest.fixture(params=WORLDS)
+def world(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
+    return WORLDS[request.param](np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_mean_and_nearest_agree_with_brute_force(world: tuple[np.ndarray, np.ndarray], metric: str) -> None:
+    x, ref = world
+    full = brute(x, ref, metric)
+    tolerance = {"rtol": 1e-4, "atol": 1e-12 if metric == "cosine" else 0}
+    np.testing.assert_allclose(d.distance(x, ref, "mean", metric), full.mean(axis=1), **tolerance)
+    k = min(3, len(ref))
+    near = np.sort(full, axis=1)[:, :k]
+    np.testing.assert_allclose(d.distance(x, ref, "knn", metric, k), near.mean(axis=1), **tolerance)
+    indices, values = d.nearest(x, ref, k, metric)
+    np.testing.assert_allclose(values, near, **tolerance)
+    np.testing.assert_allclose(np.take_along_axis(full, indices, 1), values, **tolerance)
+
+
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_distance_to_mean(world: tuple[np.ndarray, np.ndarray], metric: str) -> None:
+    x, ref = (side.astype(np.float64) for side in world)
+    if metric == "cosine":
+        ref = ref / np.linalg.norm(ref, axis=1, keepdims=True)
+    expected = brute(x, ref.mean(axis=0)[None], metric)[:, 0]
+    np.testing.assert_allclose(
+        d.distance(world[0], world[1], "center", metric), expected, rtol=1e-6, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("metric", d.METRICS)
+@pytest.mark.parametrize("kind", d.KINDS)
+def test_self_distance_leaves_each_row_out(kind: str, metric: str) -> None:
+    ref = 100 + np.random.default_rng(1).normal(size=(23, 5))
+    own = d.self_distance(ref, kind, metric, k=4)
+    if kind == "mahalanobis":  # its shrinkage is estimated once, on all rows
+        shrinkage = _shrinkage(ref)
+        left = [d.mahalanobis(ref[[i]], np.delete(ref, i, 0), shrinkage)[0] for i in range(len(ref))]
+    else:
+        left = [d.distance(ref[[i]], np.delete(ref, i, 0), kind, metric, 4)[0] for i in range(len(ref))]
+    np.testing.assert_allclose(own, left, rtol=1e-4)
+
+
+def _shrinkage(ref: np.ndarray) -> float:
+    covariance = pytest.importorskip("sklearn.covariance")
+    return float(covariance.ledoit_wolf_shrinkage(ref - ref.mean(axis=0), assume_centered=True))
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (9, 30)])
+@pytest.mark.parametrize("shrinkage", [None, 0.1, 1.0])
+def test_mahalanobis_is_the_formula(shape: tuple[int, int], shrinkage: float | None) -> None:
+    rng = np.random.default_rng(2)
+    ref, x = rng.normal(size=shape) @ rng.normal(size=(shape[1], shape[1])), rng.normal(size=(7, shape[1]))
+    s = _shrinkage(ref) if shrinkage is None else shrinkage
+    cov = np.cov(ref.T)
+    cov = (1 - s) * cov + s * np.trace(cov) / len(cov) * np.eye(len(cov))
+    y = x - ref.mean(axis=0)
+    expected = np.sqrt(np.einsum("nd,nd->n", y, np.linalg.solve(cov, y.T).T))
+    np.testing.assert_allclose(d.mahalanobis(x, ref, shrinkage), expected, rtol=1e-7)
+    if shrinkage is not None:
+        left = [d.mahalanobis(ref[[i]], np.delete(ref, i, 0), shrinkage)[0] for i in range(len(ref))]
+        np.testing.assert_allclose(d.mahalanobis(ref, ref, shrinkage, exclude_self=True), left, rtol=1e-7)
+
+
+def test_equal_rows_are_their_own_neighbours_no_more_than_once() -> None:
+    ref = np.repeat(np.random.default_rng(3).normal(size=(4, 3)), 5, axis=0)
+    np.testing.assert_allclose(d.self_distance(ref, "knn", k=4), 0, atol=1e-9)
+    assert (d.self_distance(ref, "knn", k=5) > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", d.KINDS)
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, metric: str) -> None:
+    rng = np.random.default_rng(4)
+    x, ref = rng.normal(size=(50, 8)), rng.normal(size=(70, 8))
+    whole, own = d.distance(x, ref, kind, metric), d.self_distance(ref, kind, metric)
+    for module in (arrays, d):
+        monkeypatch.setattr(module, "TILE_BYTES", 1500)
+    np.testing.assert_allclose(d.distance(x, ref, kind, metric), whole, rtol=1e-5)
+    np.testing.assert_allclose(d.self_distance(ref, kind, metric), own, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(list(d.KINDS)), st.sampled_from(d.METRICS))
+def test_order_of_rows_does_not_matter(seed: int, kind: str, metric: str) -> None:
+    rng = np.random.default_rng(seed)
+    x, ref = rng.normal(size=(9, 4)), rng.normal(size=(15, 4))
+    straight = d.distance(x, ref, kind, metric, 3)
+    turned = d.distance(x[::-1], rng.permutation(ref), kind, metric, 3)
+    np.testing.assert_allclose(turned[::-1], straight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "ref", "settings", "said"),
+    [
+        ([[np.nan, 0]], [[0, 1]], {}, "x row 0 holds NaN"),
+        ([[0, 1]], [[0, np.inf]], {}, "reference row 0 holds NaN or infinity"),
+        ([0, 1], [[0, 1]], {}, "x has shape"),
+        (np.empty((0, 2)), [[0, 1]], {}, "x has shape"),
+        ([[0, 1, 2]], [[0, 1]], {}, "x has 3 columns where 2"),
+        ([["a", "b"]], [[0, 1]], {}, "give real numbers"),
+        ([[0, 1]], [[0, 1]], {"metric": "manhattan"}, "choose one of l2, mse, cosine"),
+        ([[0, 1]], [[0, 1]], {"kind": "median"}, "choose one of mean, knn"),
+        ([[0, 1]], [[0, 1]], {"kind": "knn", "k": 2}, "give k in 1..1"),
+        ([[0, 0]], [[0, 1]], {"metric": "cosine"}, "has no direction"),
+        ([[0, 1]], [[0, 1], [0, -1]], {"kind": "center", "metric": "cosine"}, "directions cancel out"),
+        ([[0, 1]], [[0, 1]], {"kind": "mahalanobis"}, "needs 2 or more"),
+        ([[0, 1]], [[0, 1], [0, 1]], {"kind": "mahalanobis"}, "rows are all equal"),
+        ([[1e200, 1]], [[0, 1]], {"kind": "center", "metric": "mse"}, "overflows"),
+    ],
+)
+def test_bad_input_is_refused(x: list, ref: list, settings: dict, said: str) -> None:
+    with np.errstate(over="ignore"), pytest.raises(WinnowError, match=said):
+        d.distance(x, ref, **settings)
+
+
+def test_bad_self_distances_are_refused() -> None:
+    with pytest.raises(WinnowError, match="needs 2 or more"):
+        d.self_distance([[1.0, 2.0]])
+    with pytest.raises(WinnowError, match="has no inverse"):
+        d.mahalanobis([[1.0, 2.0]], [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]], shrinkage=0.0)
+    with pytest.raises(WinnowError, match="shrinkage is 2"):
+        d.mahalanobis([[1.0, 2.0]], [[0.0, 0.0], [1.0, 1.0]], shrinkage=2.0)
