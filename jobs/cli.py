@@ -60,7 +60,10 @@ def _setting(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise WinnowError(f"--set {text!r}: not 'key=value'; write for example generate.steps=20")
-    return key.split("."), yaml.safe_load(value)
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise WinnowError(f"--set {text!r}: the value is not YAML ({error}); quote it") from error
 
 
 @app.command()
@@ -364,9 +367,16 @@ def main() -> None:
             traceback.print_exc()
         print(f"winnow: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("winnow: stopped; run the same command again to go on from here", file=sys.stderr)
-        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"winnow: unexpected {what}; everything committed is safe, --debug shows where", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            print("winnow: stopped; run the same command again to go on from here", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def _scored(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> dict
     prompts = rows["prompt_id"].to_numpy()
     mine = scores_of(where, "eval", used)
     theirs = scores_of(run.base(), "eval", used) if where.arm != BASE else mine
+    a, b = _pairs(rows, samples.of(run.base(), "eval")) if where.arm != BASE else ([], [])
     found = {}
     for name in used:
         # Images of one prompt are alike, so the interval resamples prompts, not images.
@@ -126,9 +127,18 @@ def _scored(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> dict
         low, high = bootstrap(np.mean, means, n=settings.resamples, rng=run.seed("bootstrap", name) % 2**31)
         metric = "judge_accuracy" if name == settings.judge else name
         found[metric] = Interval(float(mine[name].mean()), low, high)
-        if where.arm != BASE:
-            found[f"win_rate:{metric}"] = win_rate(mine[name], theirs[name])
+        if a:
+            found[f"win_rate:{metric}"] = win_rate(mine[name][a], theirs[name][b])
     return found
+
+
+def _pairs(mine: pa.Table, theirs: pa.Table) -> tuple[list[int], list[int]]:
+    """Rows of both tables that were made from the same prompt and seed. Their order by id does not pair them, and
+    an image that was sampled again has a seed of its own."""
+    keys = [list(zip(t["prompt_id"].to_pylist(), t["seed"].to_pylist(), strict=True)) for t in (mine, theirs)]
+    place = {key: i for i, key in enumerate(keys[1])}
+    pairs = [(i, place[key]) for i, key in enumerate(keys[0]) if key in place]
+    return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:

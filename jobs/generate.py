@@ -108,7 +108,9 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> None
     model = model or (run.recipe.model if run.arm == BASE else run.start_model())
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
-    spec = ["generate", revision, settings.model_dump(mode="json"), run.round, run.arm, split]
+    # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
+    making = settings.model_dump(mode="json", exclude={"prompts", "images_per_prompt", "retries"})
+    spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)
     complete(run, f"generate {split}", "samples", work, lambda: _sampler(run, split, model, revision, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,22 @@ def load(name: str) -> Any:
     """The pipeline on the best device at hand, silent, in float32 on a CPU and bfloat16 on a GPU."""
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import deprecation_utils, logging
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     place = locate(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # Newer diffusers warn about the old name of the argument, older ones do not know the new one.
+    word = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            place, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        pipe = DiffusionPipeline.from_pretrained(place, **{word: dtype})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,24 @@ def _embedded() -> list[str]:
     return all_captions()
 
 
+LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 cannot
+
 #: Names for ``source:``; anything else is a file.
 SOURCES = {"embedded": _embedded}
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text file. What is not UTF-8 keeps a mark in its place, and is dropped with that as reason."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         for line in file:
             yield line.rstrip("\r\n")
 
 
 def _csv(path: Path, column: str, delimiter: str) -> list[str]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader((line.replace("\0", "\ufffd") for line in _lines(path)), delimiter=delimiter)
+    # With their line ends: a quoted text may go on in the next line. A NUL or a lone return would end the reading.
+    lines = (line.replace("\0", "\ufffd").replace("\r", " ") + "\n" for line in _lines(path))
+    rows = csv.DictReader(lines, delimiter=delimiter)
     names = {name.lower(): name for name in rows.fieldnames or []}
     name = names.get(column.lower(), names.get("prompt"))
     if name is None:
@@ -107,7 +112,7 @@ def read(source: str, column: str = "text") -> list[str]:
         raise WinnowError(f"prompts source {source!r}: unknown kind {path.suffix!r}; allowed: {', '.join(readers)}")
     try:
         texts = readers[path.suffix]()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, csv.Error) as error:
         raise WinnowError(f"prompts source {source!r}: cannot be read ({error}); mend the file") from error
     if not texts:
         raise WinnowError(f"prompts source {source!r}: the file is empty; give one prompt a line")
@@ -144,7 +149,7 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
         number = sample_id(["prompt", key])
         made[number] = {
             "prompt_id": number,
-            "text": prompt.text,
+            "text": LONE.sub("\ufffd", prompt.text),
             "source": Path(settings.source).name,
             "split": "eval" if i in held_out else "train",
             "cluster": prompt.cluster if prompt.cluster >= 0 else None,

@@ -46,7 +46,7 @@ class Recipe(Settings):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     guard: Guard = Guard()
-    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}})
+    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}}, min_length=1)
 
     def for_arm(self, arm: str) -> Recipe:
         """The recipe with that arm's changes applied; its ``arms`` stays, so that the file is told apart."""
@@ -97,6 +97,8 @@ def _parse(values: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise WinnowError(explain(error, where)) from error
+    except WinnowError as error:  # a name that no table knows
+        raise WinnowError(f"{where}: {error}") from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

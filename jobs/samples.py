@@ -9,9 +9,9 @@ from schemas.errors import WinnowError
 
 
 def of(run: Run, split: str) -> pa.Table:
-    """sample_id, prompt_id, prompt of the run's samples in a fixed order; WinnowError where there are none."""
+    """sample_id, prompt_id, prompt, seed of the run's samples in a fixed order; WinnowError where there are none."""
     found = run.query(
-        "SELECT sample_id, prompt_id, prompt FROM samples WHERE round = $round AND arm = $arm AND split = $split "
+        "SELECT sample_id, prompt_id, prompt, seed FROM samples WHERE round = $round AND arm = $arm AND split = $split "
         "ORDER BY prompt_id, sample_id",
         round=run.round, arm=run.arm, split=split,
     )  # fmt: skip
@@ -23,11 +23,15 @@ def of(run: Run, split: str) -> pa.Table:
 
 
 def with_images(run: Run, rows: pa.Table) -> pa.Table:
-    """The same rows, in the same order, with their image files."""
+    """The same rows, in the same order, with their image files. Rows of other rounds than the run's say which
+    in a ``round`` column: row groups of the rest are not read."""
     wanted = rows["sample_id"]
+    rounds = sorted(set(rows["round"].to_pylist())) if "round" in rows.column_names else [run.round]
     found = run.query(
-        "SELECT sample_id, image FROM samples WHERE sample_id IN (SELECT unnest($ids))", ids=wanted.to_pylist()
-    )
+        "SELECT sample_id, image FROM samples WHERE round BETWEEN $first AND $last "
+        "AND sample_id IN (SELECT unnest($ids))",
+        first=rounds[0], last=rounds[-1], ids=wanted.to_pylist(),
+    )  # fmt: skip
     place = {number: i for i, number in enumerate(found["sample_id"].to_pylist())}
     order = [place[number] for number in wanted.to_pylist()]
     return rows.append_column("image", found["image"].take(pa.array(order)))

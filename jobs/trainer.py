@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +94,7 @@ def text_contexts(pipe: Any, texts: list[str], batch: int = 64) -> dict[str, Ten
     return contexts
 
 
+@lru_cache(maxsize=2)
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The sample order of one epoch."""
     return np.random.default_rng([seed % 2**63, epoch]).permutation(n)

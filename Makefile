@@ -1,0 +1,82 @@
+# Winnow. `make help` lists the targets. RECIPE= and STORE= choose what and where; ARGS= passes on to the command.
+
+PYTHON ?= python3
+RECIPE ?= embedded
+STORE ?= runs/demo
+ARGS ?=
+VENV := .venv
+READY := $(VENV)/.ready
+WINNOW := $(VENV)/bin/winnow
+IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
+
+.DEFAULT_GOAL := help
+STAGES := prompts generate embed score distance select weigh export train evaluate guard round
+.PHONY: help setup demo test $(STAGES) loop report sql explain verify base study lint types lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY) ## make .venv/ with the winnow command in it
+
+demo: $(READY) ## set up, run both arms of the embedded default, write a report (ARGS=--fast: below 2 minutes)
+	$(WINNOW) demo --store $(STORE) $(ARGS)
+
+test: $(READY) ## set up and run the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+prompts: $(READY) ## curate prompts (ARGS="--source prompts.txt")
+	$(WINNOW) prompts $(IN)
+generate: $(READY) ## sample images for the round's prompts
+	$(WINNOW) generate $(IN)
+embed: $(READY) ## embed the samples
+	$(WINNOW) embed $(IN)
+score: $(READY) ## score the samples
+	$(WINNOW) score $(IN)
+distance: $(READY) ## measure how far the samples lie from D_0
+	$(WINNOW) distance $(IN)
+select: $(READY) ## keep the preferred samples, with a reason for every other
+	$(WINNOW) select $(IN)
+weigh: $(READY) ## weigh the kept samples by their distance
+	$(WINNOW) weigh $(IN)
+export: $(READY) ## write the selection as weighted training shards
+	$(WINNOW) export $(IN)
+train: $(READY) ## fine-tune the round's start model on its shards
+	$(WINNOW) train $(IN)
+evaluate: $(READY) ## measure the round's model on held-out prompts
+	$(WINNOW) evaluate $(IN)
+guard: $(READY) ## give the verdict over the round's model
+	$(WINNOW) guard $(IN)
+round: $(READY) ## play one whole round
+	$(WINNOW) round $(IN)
+loop: $(READY) ## play rounds until the guard ends them (ROUNDS=8)
+	$(WINNOW) loop $(IN) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+report: $(READY) ## write report.html and summary.json into the store
+	$(WINNOW) report $(IN)
+sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
+	$(WINNOW) sql --store $(STORE) $(ARGS) "$(or $(Q),SELECT round, arm, verdict, reason FROM rounds ORDER BY arm, round)"
+explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
+	$(WINNOW) explain $(IN) $(ID)
+verify: $(READY) ## check every sealed part against its SHA-256 and schema
+	$(WINNOW) verify --store $(STORE) $(ARGS)
+
+base: $(READY) ## build the models of the embedded default (DATA=mnist_train.npz; empty: scikit-learn's digits)
+	$(WINNOW) base --data "$(DATA)" $(ARGS)
+study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
+	$(WINNOW) study $(ARGS)
+
+lint: $(READY) ## check the style and the direction of the imports
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+types: $(READY) ## check the types
+	$(VENV)/bin/pyright
+lock: $(READY) ## pin what is installed now in constraints.txt
+	$(VENV)/bin/pip freeze --exclude-editable | grep -v '^#' > constraints.txt
+clean: ## remove what can be made again: .venv/ and caches (stores in runs/ stay)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

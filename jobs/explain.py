@@ -1,0 +1,61 @@
+"""``winnow explain``: one sample's story, from its prompt to its weight."""
+
+from __future__ import annotations
+
+from jobs.distance import REFERENCE
+from jobs.embed import vectors_of
+from jobs.run import Run
+from schemas.errors import WinnowError
+
+
+def explain(run: Run, sample: int) -> str:
+    """Lines that tell where a sample comes from, how it scored, why it was kept or dropped and what it weighs."""
+    found = run.query("SELECT * EXCLUDE image FROM samples WHERE sample_id = $id", id=sample).to_pylist()
+    if not found:
+        raise WinnowError(f"sample {sample}: not in {run.store}; find ids with 'winnow sql \"FROM samples\"'")
+    row = found[0]
+    lines = [
+        f"sample {sample}: {row['width']}×{row['height']}, {row['split']} sample of round {row['round']}, "
+        f"arm {row['arm']}",
+        f"prompt: {row['prompt']}",
+        f"made by {row['model']} from seed {row['seed']}"
+        + (f", attempt {row['attempt'] + 1}" if row["attempt"] else "")
+        + (f", refined from {row['parent_id']} by {row['refiner']}" if row["parent_id"] else ""),
+    ]
+    for score in run.query(
+        "WITH mates AS (SELECT scorer, value, sample_id, count(*) OVER (PARTITION BY scorer) AS n, "
+        "rank() OVER (PARTITION BY scorer ORDER BY value DESC) AS place FROM scores JOIN samples USING (sample_id) "
+        "WHERE prompt_id = $prompt AND samples.round = $round AND arm = $arm AND split = $split) "
+        "SELECT * FROM mates WHERE sample_id = $id ORDER BY scorer",
+        id=sample, prompt=row["prompt_id"], round=row["round"], arm=row["arm"], split=row["split"],
+    ).to_pylist():  # fmt: skip
+        place = f"rank {score['place']} of {score['n']} for its prompt"
+        lines.append(f"score {score['scorer']}: {score['value']:.4f}, {place}")
+    for far in run.query("SELECT * FROM distances WHERE sample_id = $id", id=sample).to_pylist():
+        lines.append(f"distance to {far['reference']} in {far['space']}: {far['value']:.4f} ({far['metric']})")
+    lines += _neighbours(run, sample, row)
+    for choice in run.query("SELECT * FROM selections WHERE sample_id = $id", id=sample).to_pylist():
+        what = f"kept with weight {choice['weight']:.4f}" if choice["kept"] and choice["weight"] is not None else (
+            "kept, not weighed yet" if choice["kept"] else f"dropped: {choice['reason']}"
+        )  # fmt: skip
+        lines.append(f"selection {choice['selection']}, round {choice['round']}: {what}")
+    for shard in run.query(
+        "SELECT path FROM shards JOIN selections USING (selection, round) WHERE sample_id = $id AND kept", id=sample
+    ).to_pylist():
+        lines.append(f"trained on in {shard['path'].rsplit('/', 1)[0]}")
+        break
+    return "\n".join(lines)
+
+
+def _neighbours(run: Run, sample: int, row: dict[str, object]) -> list[str]:
+    """The samples of D_0 that lie nearest, where both are embedded."""
+    from curate.distance import nearest
+
+    space = run.recipe.distance.space
+    one = run.query("SELECT vector FROM embeddings WHERE sample_id = $id AND encoder = $e", id=sample, e=space or "")
+    if not one.num_rows:
+        return []
+    numbers, reference = vectors_of(run.base(), str(space), "reference")
+    index, far = nearest(one["vector"].to_pylist(), reference, k=min(3, len(reference)))
+    near = ", ".join(f"{numbers[i]} ({d:.4f})" for i, d in zip(index[0], far[0], strict=True))
+    return [f"nearest in {REFERENCE}: {near}"]

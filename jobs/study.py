@@ -1,0 +1,93 @@
+"""``make study``: does the demo's effect hold over seeds and more rounds? Figures and one plot into results/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs import recipe as recipes
+from jobs.demo import play_arms
+from jobs.progress import say
+from storage.query import arrow
+
+METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
+
+
+def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[list[str], Any]]) -> Path:
+    """Play every arm ``rounds`` rounds for each seed, and write ``out``/study.json and study.md.
+
+    The guard judges but does not end a loop before its last round, so that what comes after the best round is
+    seen, too. Returns the path of study.md.
+    """
+    all_rows, outcomes = [], []
+    for seed in range(seeds):
+        whole = [*settings, (["seed"], seed), (["rounds"], rounds), (["guard", "min_rounds"], rounds)]
+        recipe = recipes.override(recipes.load("embedded"), whole)
+        home = store / f"seed-{seed}"
+        outcomes += [{"seed": seed} | vars(outcome) for outcome in play_arms(home, recipe)]
+        rows = arrow(home, "SELECT arm, round, metric, value FROM evaluations ORDER BY ALL").to_pylist()
+        all_rows += [{"seed": seed} | row for row in rows]
+        say(f"study: seed {seed} done")
+    for outcome in outcomes:
+        outcome["model"] = Path(outcome["model"]).name
+    table = summarise(all_rows)
+    found = {"seeds": seeds, "rounds": rounds, "machine": machine(), "outcomes": outcomes, "table": table}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "study.md").write_text(page(found))
+    return out / "study.md"
+
+
+def machine() -> str:
+    """What the figures were measured on, in words."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard error over the seeds of every metric, by arm and round."""
+    groups: dict[tuple[str, int, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["round"], row["metric"]), []).append(row["value"])
+    return [
+        {"arm": arm, "round": number, "metric": metric, "mean": float(np.mean(values)), "values": values,
+         "se": float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None}
+        for (arm, number, metric), values in sorted(groups.items())
+    ]  # fmt: skip
+
+
+def page(found: dict[str, Any]) -> str:
+    """The study as Markdown: one table an arm, then how each loop ended."""
+    rows = {(r["arm"], r["round"], r["metric"]): r for r in found["table"]}
+    arms = sorted({r["arm"] for r in found["table"]})
+    others = sorted({r["metric"] for r in found["table"]} - set(METRICS))
+    metrics = [*METRICS, *(m for m in others if not m.startswith("win_rate:"))]
+    lines = [
+        "# Study: the embedded default",
+        "",
+        f"Made by `make study`: {found['seeds']} seeds, {found['rounds']} rounds, on {found['machine']}. "
+        "Mean over the seeds ± standard error.",
+    ]
+    for arm in arms:
+        lines += ["", f"## Arm {arm}", "", "| round | " + " | ".join(metrics) + " |", "|" + "---|" * (len(metrics) + 1)]
+        for number in range(found["rounds"] + 1):
+            cells = [rows.get((arm, number, metric)) for metric in metrics]
+            lines.append(f"| {number} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+    lines += ["", "## How the loops ended", ""]
+    lines += ["| seed | arm | verdict | best round | reason |", "|---|---|---|---|---|"]
+    for o in found["outcomes"]:
+        lines.append(f"| {o['seed']} | {o['arm']} | {o['verdict']} | {o['best_round']} | {o['reason']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    digits = 1 if abs(row["mean"]) >= 100 else 3
+    spread = "" if row["se"] is None else f" ± {row['se']:.{digits}f}"
+    return f"{row['mean']:.{digits}f}{spread}"

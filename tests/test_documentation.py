@@ -1,0 +1,117 @@
+"""The documents are true: their commands exist, and their snippets run."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import World
+
+from jobs.cli import app
+
+HOME = Path(__file__).parent.parent
+README = (HOME / "README.md").read_text()
+MAKEFILE = (HOME / "Makefile").read_text()
+DOCUMENTS = sorted(path for path in HOME.glob("*.md"))
+VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced code blocks of these languages ("": of none)."""
+    found = re.findall(r"^```([a-z]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [body for language, body in found if language in languages]
+
+
+def commands(text: str) -> list[str]:
+    lines = "\n".join(blocks(text, "", "bash", "sh", "console")).replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix("$ ").strip() for line in lines]
+    return [line for line in lines if line.startswith(("make ", "winnow "))]
+
+
+def targets() -> dict[str, str]:
+    """Help by target; "" where it has none."""
+    found = re.findall(r"^([a-z][a-z-]*):(?!=)[^#\n]*(?:## (.*))?$", MAKEFILE, re.MULTILINE)
+    return {name: help_ for name, help_ in found}
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(line.startswith("make ") for line in commands(README)) >= 3
+    assert sum(line.startswith("winnow ") for line in commands(README)) >= 3
+    assert len(targets()) >= 15
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_exists(document: Path) -> None:
+    import typer.main
+
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for line in commands(document.read_text()):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"] and len(words) > 1:
+            assert words[1] in targets(), line
+        if words[:1] == ["winnow"]:
+            assert words[1] in VERBS, line
+            options = {option for p in known[words[1]].params for option in p.opts} | {"--help", "--debug"}
+            assert {word for word in words[2:] if word.startswith("--")} <= options, line
+    inline = re.findall(r"`(?:\.venv/bin/)?(make|winnow) ([a-z-]+)[^`]*`", document.read_text())
+    for tool, name in inline:
+        assert name in (targets() if tool == "make" else VERBS), f"{tool} {name}"
+
+
+def test_every_target_has_help() -> None:
+    assert [name for name, said in targets().items() if not said] == []
+    assert {"help", "setup", "demo", "test", "lint", "clean", "verify", "sql", "report", "loop"} <= set(targets())
+
+
+def test_the_makefile_calls_verbs_that_exist() -> None:
+    called = re.findall(r"^\t@?\$\(WINNOW\) ([a-z-]+)", MAKEFILE, re.MULTILINE)
+    assert len(called) > 10 and set(called) <= VERBS
+    phony = set(re.sub(r"\\\n", " ", MAKEFILE).split(".PHONY:")[1].splitlines()[0].split())
+    for name in phony - {"$(STAGES)"}:
+        assert name in targets(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http://", "https://", "#", "mailto:")):
+            assert (document.parent / link.split("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_nothing_is_left_to_be_filled_in(document: Path) -> None:
+    text = document.read_text()
+    assert not re.findall(r"^[A-Z]{3,}$|TODO|FIXME|XXX", text, re.MULTILINE)
+    assert "/work/" not in text and "/tmp/" not in text and "/root/" not in text
+
+
+@pytest.mark.parametrize("query", blocks(README, "sql"))
+def test_sql_snippets_run(world: World, query: str) -> None:
+    assert world.table(query).num_rows > 0
+
+
+@pytest.mark.parametrize("line", [line for line in commands(README) if re.match(r"winnow (sql|verify)", line)])
+def test_questions_to_the_store_run(world: World, winnow: Callable[..., Any], line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if "--store" not in words:
+        words += ["--store", str(world.store)]
+    words = [str(world.store) if word.startswith("runs/") else word for word in words]
+    said = winnow(*words)
+    assert said.status == 0 and len(said.out.splitlines()) >= 1 and not said.err, said.err
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_python_snippets_run(
+    world: World, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets.config
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(world.store)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out

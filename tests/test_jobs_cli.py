@@ -1,0 +1,176 @@
+"""The command line: every verb explains itself, answers in every format, and fails in one line."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow.parquet as pq
+import pytest
+from conftest import World, files
+
+from jobs.cli import app
+
+VERBS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+STAGES = ["prompts", "generate", "embed", "score", "distance", "select", "weigh", "export", "train", "evaluate"]
+Winnow = Callable[..., Any]
+
+
+def test_the_promised_verbs_are_there() -> None:
+    assert {*STAGES, "round", "loop", "demo", "report", "sql", "explain", "verify", "base", "study"} <= set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_and_every_option_has_help(winnow: Winnow, verb: str) -> None:
+    import typer.main
+
+    said = winnow(verb, "--help")
+    assert said.status == 0 and f"winnow {verb}" in said.out
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    assert command.help and command.help.strip().endswith((".", "]"))
+    unexplained = [p.name for p in command.params if p.name not in ("help", "seed") and not getattr(p, "help", None)]
+    if verb in STAGES:
+        assert {"recipe", "store", "set"} <= {p.name for p in command.params}
+    assert [name for name in unexplained if name not in ("set", "store", "source")] == []
+
+
+def test_help_lists_every_verb(winnow: Winnow) -> None:
+    said = winnow("--help")
+    assert said.status == 0 and all(verb in said.out for verb in VERBS)
+
+
+QUERY = "SELECT round, arm, verdict, seconds FROM rounds ORDER BY arm, round"
+
+
+def test_sql_as_a_table(world: World, winnow: Winnow) -> None:
+    said = winnow("sql", QUERY, "--store", world.store)
+    assert said.status == 0 and all(word in said.out for word in ("round", "verdict", "curated", "naive", "promote"))
+    images = winnow("sql", "SELECT image FROM samples LIMIT 1", "--store", world.store)
+    assert "<image, " in images.out
+
+
+def test_sql_as_json(world: World, winnow: Winnow) -> None:
+    assert json.loads(winnow("sql", QUERY, "--store", world.store, "--format", "json").out) == world.rows(QUERY)
+    query = "SELECT scores, weight, image FROM curated LIMIT 2"
+    said = winnow("sql", query, "--store", world.store, "--format", "json")
+    assert set(json.loads(said.out)[0]["scores"]) >= {"scene-clip"}
+
+
+def test_sql_as_csv(world: World, winnow: Winnow) -> None:
+    said = winnow("sql", QUERY, "--store", world.store, "--format", "csv")
+    assert pandas.read_csv(io.StringIO(said.out)).to_dict("records") == world.rows(QUERY)
+    nested = winnow("sql", "SELECT sample_id, scores FROM curated LIMIT 1", "--store", world.store, "--format", "csv")
+    assert "scene-clip" in pandas.read_csv(io.StringIO(nested.out))["scores"][0]
+
+
+def test_sql_as_parquet(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    from jobs.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["winnow", "sql", QUERY, "--store", str(world.store), "--format", "parquet"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capfdbinary.readouterr().out
+    assert pq.read_table(io.BytesIO(out)).to_pylist() == world.rows(QUERY)
+
+
+def test_sql_of_an_older_snapshot(world: World, winnow: Winnow) -> None:
+    words = ("sql", "SELECT count(*) AS n FROM rounds", "--store", world.store, "--format", "json", "--snapshot")
+    assert json.loads(winnow(*words, 1).out) == [{"n": 0}]
+    assert "snapshot 9999" in winnow(*words, 9999).line
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELEC 1", "syntax error"), ("SELECT * FROM sample", "sample"), ("DROP VIEW samples", "only SELECT"),
+        ("COPY samples TO 'x.csv'", "only SELECT"), ("", "empty"), ("SELECT nothing FROM rounds", "nothing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_query_is_one_line(world: World, winnow: Winnow, query: str, said: str) -> None:
+    assert said in winnow("sql", query, "--store", world.store).line
+
+
+def test_an_unknown_format_is_one_line(world: World, winnow: Winnow) -> None:
+    line = winnow("sql", QUERY, "--store", world.store, "--format", "xml").line
+    assert "allowed are table, json, csv, parquet" in line
+
+
+def test_no_store_is_one_line(winnow: Winnow, tmp_path: Path) -> None:
+    for words in (("sql", "SELECT 1"), ("verify",)):
+        assert "no store here" in winnow(*words, "--store", tmp_path / "nowhere").line
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_traceback_with_debug_only(winnow: Winnow, tmp_path: Path) -> None:
+    words = ("generate", "--recipe", "nothing", "--store", tmp_path / "store")
+    assert "Traceback" not in winnow(*words).err
+    said = winnow(*words, "--debug")
+    assert said.status == 2 and "Traceback" in said.err and said.err.strip().splitlines()[-1].startswith("winnow: ")
+
+
+def test_shards_count_from_0(winnow: Winnow, tmp_path: Path) -> None:
+    assert "shards count from 0" in winnow("generate", "--store", tmp_path, "--shard", 2, "--of", 2).line
+
+
+def test_an_unknown_split_is_named(winnow: Winnow, tmp_path: Path) -> None:
+    assert "train, reference and eval" in winnow("generate", "--store", tmp_path, "--split", "test").line
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["sql"], ["generate", "--nothing", "1"], ["generate", "--round", "x"]])
+def test_a_wrong_command_line_exits_with_2(winnow: Winnow, words: list[str]) -> None:
+    said = winnow(*words)
+    assert said.status == 2 and "Traceback" not in said.err and said.err
+
+
+def test_verify_says_sound(world: World, winnow: Winnow) -> None:
+    said = winnow("verify", "--store", world.store)
+    assert said.status == 0 and said.out.strip().endswith("sound") and not said.err
+
+
+def test_evaluate_prints_its_figures(world: World, winnow: Winnow, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(world.recipe.model_dump(mode="json")))
+    before = files(world.store)
+    said = winnow("evaluate", "--recipe", recipe, "--store", world.store, "--round", 2)
+    lines = {line.split()[0] for line in said.out.splitlines()}
+    assert {"judge_accuracy", "fd_real", "fd_d0", "diversity", "scene-clip", "win_rate:scene-reader"} <= lines
+    assert files(world.store) == before
+
+
+def test_explain_tells_of_kept_and_dropped(world: World, winnow: Winnow, tmp_path: Path) -> None:
+    pytest.importorskip("jobs.explain")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(world.recipe.model_dump(mode="json")))
+    for kept in (True, False):
+        row = world.rows(f"SELECT * FROM selections WHERE selection = 'curated' AND kept = {kept} LIMIT 1")[0]
+        said = winnow("explain", row["sample_id"], "--recipe", recipe, "--store", world.store)
+        assert said.status == 0 and str(row["sample_id"]) in said.out
+        assert "scene-clip" in said.out and (row["reason"] in said.out if not kept else "weight" in said.out)
+    assert "7" in winnow("explain", 7, "--recipe", recipe, "--store", world.store).line
+
+
+def test_the_installed_command_keeps_foreign_rooms_out(tmp_path: Path) -> None:
+    """A stranger's package ``storage`` on the path must stop the program."""
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
+    words = [sys.executable, "-c", "from jobs.cli import main; main()", "verify"]
+    said = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 2 and said.stderr.count("\n") == 1, said.stderr
+    assert f"found {tmp_path}/storage" in said.stderr
+
+
+def test_an_interrupt_says_how_to_go_on(winnow: Winnow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jobs.prompts
+
+    monkeypatch.setattr(jobs.prompts, "prompts", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    said = winnow("prompts", "--store", tmp_path / "store")
+    assert said.status == 130 and "run the same command again" in said.err and "Traceback" not in said.err

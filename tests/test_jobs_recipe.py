@@ -1,0 +1,111 @@
+"""Recipes: those that ship load, single settings can be changed, arms are laid over the rest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import sets
+
+from jobs import recipe as recipes
+from jobs.encoders import ENCODERS
+from jobs.named import known, pick
+from jobs.scorers import SCORERS, Scorer
+from schemas.errors import WinnowError
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_loads_and_so_do_its_arms(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.name == name
+    for arm in recipe.arms:
+        mine = recipe.for_arm(arm)
+        for scorer in mine.select.scorers or mine.score.scorers:
+            assert scorer in mine.score.scorers, "selects by what is not scored"
+        if mine.weigh.by == "distance":
+            assert mine.distance.space in mine.embed.encoders
+        # What judges is never what selects.
+        assert mine.guard.metric not in mine.score.scorers and mine.evaluate.judge not in mine.score.scorers
+
+
+def test_the_embedded_recipes_ship() -> None:
+    assert {"embedded", "embedded-fast"} <= set(recipes.names())
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-fast"])
+def test_the_control_arm_differs_in_selection_and_weight_only_and_trains_alike(name: str) -> None:
+    recipe = recipes.load(name)
+    curated, naive = recipe.for_arm("curated"), recipe.for_arm("naive")
+    assert (naive.select.policy, naive.weigh.by, naive.guard.enabled) == ("random", "nothing", False)
+    for table in ("prompts", "reference", "export", "train"):
+        assert getattr(curated, table) == getattr(naive, table)
+    assert curated.select.keep == naive.select.keep and curated.generate.prompts == naive.generate.prompts
+    assert naive.generate.images_per_prompt > naive.select.keep  # or nothing is chosen
+    assert (curated.model, curated.seed, curated.rounds) == (naive.model, naive.seed, naive.rounds)
+    # Both arms are measured by the same.
+    assert {*curated.score.scorers, *curated.evaluate.scorers} == {*naive.score.scorers, *naive.evaluate.scorers}
+    assert curated.evaluate == naive.evaluate
+
+
+def test_a_recipe_is_a_fixed_point_of_its_own_dump(tmp_path: Path) -> None:
+    recipe = recipes.load("embedded")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert recipes.load(str(tmp_path / "again.yaml")) == recipe
+
+
+def test_single_settings_can_be_changed() -> None:
+    recipe = recipes.load("embedded")
+    changed = recipes.override(recipe, sets({"generate.steps": 3, "seed": 9, "select.floors.scene-clip": 0.1}))
+    assert (changed.generate.steps, changed.seed, changed.select.floors) == (3, 9, {"scene-clip": 0.1})
+    assert changed.generate.batch == recipe.generate.batch and changed.train == recipe.train
+    assert recipe.generate.steps != 3
+    assert recipes.override(recipe, []) is recipe
+
+
+def test_an_arm_can_be_changed_and_what_it_does_not_say_is_like_the_rest() -> None:
+    recipe = recipes.override(recipes.load("embedded"), sets({"arms.naive.train.lr": 5.0, "train.steps": 7}))
+    assert recipe.for_arm("naive").train.lr == 5.0 and recipe.for_arm("curated").train.lr != 5.0
+    assert recipe.for_arm("naive").train.steps == recipe.for_arm("curated").train.steps == 7
+    assert recipe.for_arm("naive").select.policy == "random"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("generate.stepz", 3, "did you mean 'steps'"), ("generate.steps", "x", "generate.steps is 'x'"),
+        ("train.ema", 1.0, "less than 1"), ("weigh.quantile", 1.0, "less than 1"), ("rounds", 0, "rounds is 0"),
+        ("model", None, "model is None"), ("generate.format", "gif", "'png'"), ("evaluate.images_per_prompt", 1, "2"),
+        ("prompts.keep", 1, "2"), ("distance.metric", "l3", "'l2', 'mse' or 'cosine'"), ("export.rows", 0, "1"),
+        ("evaluate.judge", "scene-jugde", "did you mean 'scene-judge'"), ("evaluate.space", "nope", "there are"),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_with_the_key(key: str, value: object, said: str) -> None:
+    with pytest.raises(WinnowError) as caught:
+        recipes.override(recipes.load("embedded"), sets({key: value}))
+    assert said in str(caught.value) and "recipe embedded" in str(caught.value), caught.value
+
+
+@pytest.mark.xfail(reason="schemas.settings takes infinity and NaN where no bound forbids them")
+def test_infinite_settings_are_refused() -> None:
+    for key in ("train.lr", "generate.guidance", "weigh.beta", "train.clip"):
+        for value in (float("inf"), float("nan")):
+            with pytest.raises(WinnowError, match=key.replace(".", r"\.")):
+                recipes.override(recipes.load("embedded"), sets({key: value}))
+
+
+def test_null_arms_are_like_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: embedded\nname: mine\narms: {a: {}, b: {train: {steps: 2}}}\n")
+    recipe = recipes.load(str(tmp_path / "mine.yaml"))
+    assert recipe.for_arm("a").train.steps == recipe.train.steps and recipe.for_arm("b").train.steps == 2
+    with pytest.raises(WinnowError, match="arm 'c': not in recipe 'mine'; it has a, b"):
+        recipe.for_arm("c")
+
+
+def test_names_resolve_or_are_refused_with_the_nearest() -> None:
+    for table in (ENCODERS, SCORERS):
+        for name in table:
+            known("thing", name, table)
+    known("scorer", "package.module:object", SCORERS)
+    with pytest.raises(WinnowError, match=r"scorer 'opne_clip:x': unknown; did you mean 'open_clip'"):
+        known("scorer", "opne_clip:x", SCORERS)
+    with pytest.raises(WinnowError, match="it must return a Scorer"):
+        pick("scorer", "importlib.metadata:packages_distributions", SCORERS, Scorer)

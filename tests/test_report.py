@@ -1,0 +1,374 @@
+"""The report: true to the tables, whole in one file, harmless to open, and there for every half-done store."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from jobs import recipe as recipes
+from jobs import summary as summaries
+from jobs.report import report, thinned
+from schemas.ids import sample_id
+from schemas.tables import TABLES
+from storage.commit import commit
+from storage.layout import create, part_path
+from storage.query import arrow
+from storage.snapshot import seal
+
+EVIL = "<script>alert(1)</script>"
+EVAL = {1: EVIL, 2: "a red seven on a blue background"}
+TRAIN = {3: '"><img src=x onerror=alert(1)> & more', 4: "a green three", 5: "a white eight left of a red two"}
+METRICS = {  # by arm, from the base on
+    "curated": {"judge_accuracy": (0.3, 0.5, 0.6, 0.55), "fd_real": (100.0, 60.0, 40.0, 46.0),
+                "fd_d0": (5.0, 20.0, 30.0, 35.0), "diversity": (50.0, 45.0, 42.0, 40.0),
+                "scene-clip": (0.6, 0.7, 0.8, 0.82), "scene-reader": (-3.0, -2.0, -1.5, -1.6)},
+    "naive": {"judge_accuracy": (0.3, 0.29, 0.2, 0.1), "fd_real": (100.0, 130.0, 170.0, 250.0),
+              "fd_d0": (5.0, 40.0, 80.0, 160.0), "diversity": (50.0, 40.0, 25.0, 10.0),
+              "scene-clip": (0.6, 0.6, 0.55, 0.5), "scene-reader": (-3.0, -3.1, -4.0, -6.0)},
+}  # fmt: skip
+WIDTH = {"judge_accuracy": 0.05, "fd_real": 4.0, "fd_d0": 2.0, "diversity": 2.0}
+ENDS = {"curated": ("rollback", "all 3 rounds done; best is round 2"), "naive": ("stop", "control arm, not judged")}
+
+
+def picture(number: int, size: int) -> dict[str, Any]:
+    colours = np.random.default_rng(number % 2**32).integers(0, 255, (size, size, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(colours).save(out, "png")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+class Builder:
+    """Puts rows into a store as the stages do: a part a unit, sealed with the arm's recipe."""
+
+    def __init__(self, root: Path, size: int = 8, **changes: Any) -> None:
+        self.root, self.size = create(root), size
+        recipe = recipes.load("embedded")
+        self.recipe = recipes.override(recipe, [(["rounds"], 3), *(([key], value) for key, value in changes.items())])
+
+    def put(self, table: str, arm: str, round: int, unit: str, rows: list[dict[str, Any]]) -> None:
+        folders = {"round": round, "selection" if table in ("selections", "weights") else "arm": arm}
+        data = pa.Table.from_pylist(rows, schema=TABLES[table].schema)
+        part = commit(self.root, table, part_path(table, folders, unit, "0"), data)
+        settings = self.recipe.for_arm("curated" if arm == "base" else arm)
+        seal(self.root, table, [part], settings.model_dump(mode="json"))
+
+    def samples(self, arm: str, round: int, split: str, prompts: dict[int, str], n: int = 2) -> list[int]:
+        rows = []
+        for prompt_id, prompt in prompts.items():
+            for k in range(n):
+                seed = sample_id([prompt_id, k, *([] if split == "eval" else [arm, round])])
+                number = sample_id([arm, round, split, prompt_id, k])
+                rows.append({
+                    "sample_id": number, "round": round, "arm": arm, "split": split, "prompt_id": prompt_id,
+                    "prompt": prompt, "seed": seed, "model": "embedded@1", "width": self.size, "height": self.size,
+                    "attempt": 0, "image": picture(number, self.size),
+                })  # fmt: skip
+        self.put("samples", arm, round, split, rows)
+        return [row["sample_id"] for row in rows]
+
+    def scores(self, arm: str, round: int, scorer: str, values: dict[int, float]) -> None:
+        rows = [{"sample_id": number, "round": round, "scorer": scorer, "revision": "1", "value": value,
+                 "truncated": False} for number, value in values.items()]  # fmt: skip
+        self.put("scores", arm, round, f"{scorer}-{len(rows)}", rows)
+
+    def distances(self, arm: str, round: int, numbers: list[int]) -> None:
+        distance = self.recipe.distance
+        rows = [{"sample_id": number, "round": round, "space": distance.space, "metric": distance.name,
+                 "reference": "d0", "value": 1 + number % 97 / 97} for number in numbers]  # fmt: skip
+        self.put("distances", arm, round, "d", rows)
+
+    def base(self) -> None:
+        self.distances("base", 0, self.samples("base", 0, "reference", TRAIN, 10))
+        judged = self.samples("base", 0, "eval", EVAL)
+        self.scores("base", 0, "scene-judge", {number: float(i % 2) for i, number in enumerate(judged)})
+
+    def measure(self, arm: str, round: int) -> None:
+        rows = []
+        for metric, values in METRICS[arm].items():
+            half = WIDTH.get(metric, 0.1)
+            # As the bootstrap has it: the interval of a Fréchet distance lies above the distance.
+            up = 3 * half if metric.startswith("fd_") else 0
+            rows.append({"round": round, "arm": arm, "metric": metric, "prompt_set": "held-out", "n": 4,
+                         "value": values[round], "ci_low": values[round] - half + up,
+                         "ci_high": values[round] + half + up})  # fmt: skip
+        if round:
+            rows.append(rows[0] | {"metric": "win_rate:judge_accuracy", "value": 0.5, "ci_low": None, "ci_high": None})
+        self.put("evaluations", arm, round, "e", rows)
+
+    def candidates(self, arm: str, round: int) -> None:
+        numbers = self.samples(arm, round, "train", TRAIN, 4)
+        if arm == "curated":
+            self.scores(arm, round, "scene-clip", {number: (i % 4) / 4 for i, number in enumerate(numbers)})
+            self.distances(arm, round, numbers)
+        chosen = [
+            {"selection": arm, "round": round, "sample_id": number, "kept": i % 4 == 3, "rank": 4 - i % 4,
+             "reason": "" if i % 4 == 3 else f"rank {4 - i % 4} of 4 <b>for</b> its prompt"}
+            for i, number in enumerate(numbers)
+        ]  # fmt: skip
+        self.put("selections", arm, round, "s", chosen)
+        weights = [{"selection": arm, "round": round, "sample_id": row["sample_id"], "weight": 0.75}
+                   for row in chosen if row["kept"]]  # fmt: skip
+        self.put("weights", arm, round, "w", weights)
+
+    def close(self, arm: str, round: int, last: bool) -> None:
+        verdict, reason = ENDS[arm] if last else ("promote", "the newest is the best" if round else "the base")
+        row = {"round": round, "arm": arm, "model": f"models/{arm}-{round}" if round else "embedded",
+               "parent_model": None, "verdict": verdict, "reason": reason, "seconds": 10.0 * round, "images": 12,
+               "recipe": "embedded"}  # fmt: skip
+        self.put("rounds", arm, round, "r", [row])
+
+    def play(self, arm: str, rounds: int = 3) -> None:
+        self.measure(arm, 0)
+        self.close(arm, 0, False)
+        for number in range(1, rounds + 1):
+            self.candidates(arm, number)
+            judged = self.samples(arm, number, "eval", EVAL)
+            self.scores(arm, number, "scene-judge", {one: float(number > 1) for one in judged})
+            self.measure(arm, number)
+            self.close(arm, number, number == 3)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reported store of both arms over three rounds."""
+    builder = Builder(tmp_path_factory.mktemp("store"))
+    builder.base()
+    builder.play("curated")
+    builder.play("naive")
+    assert report(builder.root) == builder.root / "report.html"
+    return builder.root
+
+
+def read(store: Path) -> tuple[str, dict[str, Any]]:
+    html = (store / "report.html").read_text(encoding="utf-8")
+    return html, json.loads((store / "summary.json").read_text(encoding="utf-8"))
+
+
+def story(summary: dict[str, Any]) -> str:
+    return "\n".join(summary["story"]).replace("\N{NO-BREAK SPACE}", " ")
+
+
+class Tags(HTMLParser):
+    """Every element that a page really has, and every address in an attribute."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        self.handlers += [key for key, _ in attrs if key.startswith("on")]
+
+
+def check_closed(html: str) -> None:
+    """Nothing is fetched, nothing runs, and the file is small."""
+    assert len(html.encode()) < 10 * 2**20
+    tags = Tags(html)
+    assert all(link.startswith(("data:", "#")) for link in tags.links)
+    assert not tags.names & {"script", "iframe", "object", "embed", "form"} and not tags.handlers
+    assert "@import" not in html and "url(" not in html and "<b>for</b>" not in html
+    for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html):
+        svg = base64.b64decode(uri).decode()
+        assert "nan" not in svg.lower().split() and not re.search(r"""(?:href|src)=["'](?!#)""", svg)
+
+
+def test_summary_equals_sql(whole: Path) -> None:
+    _, summary = read(whole)
+    told = {
+        (name, row["round"], metric): (figure["value"], figure["ci_low"], figure["ci_high"])
+        for name, arm in summary["arms"].items() for row in arm["rounds"] for metric, figure in row["metrics"].items()
+    }  # fmt: skip
+    rows = arrow(whole, "SELECT * FROM evaluations").to_pylist()
+    assert told == {(r["arm"], r["round"], r["metric"]): (r["value"], r["ci_low"], r["ci_high"]) for r in rows}
+    assert summary["base"]["fd_real"]["value"] == 100.0
+    assert summary["images"] == arrow(whole, "SELECT count(*) AS n FROM samples")["n"][0].as_py()
+    assert summary["seconds"] == 120.0
+    assert summary["snapshot"] == len(list((whole / "snapshots").iterdir()))
+    assert summary["recipe"] == "embedded"
+
+
+def test_each_arm_ends_as_its_own_recipe_says(whole: Path) -> None:
+    """The newest snapshot holds the naive recipe; the curated arm is still judged by its own."""
+    arms = read(whole)[1]["arms"]
+    assert list(arms) == ["curated", "naive"]
+    curated, naive = arms["curated"], arms["naive"]
+    assert (curated["judged"], curated["best_round"], curated["kept_round"]) == (True, 2, 2)
+    assert (curated["verdict"], curated["model"], curated["finished"]) == ("rollback", "models/curated-2", True)
+    assert (naive["judged"], naive["best_round"], naive["kept_round"]) == (False, 0, 3)
+    assert (naive["verdict"], naive["model"]) == ("stop", "models/naive-3")
+
+
+def test_effects_and_story(whole: Path) -> None:
+    summary = read(whole)[1]
+    effects = {(e["arm"], e["which"], e["against"], e["metric"]): e for e in summary["effects"]}
+    up = effects["curated", "best", "base", "judge_accuracy"]
+    assert (up["before"], up["after"], up["beyond_noise"]) == (0.3, 0.6, True)
+    assert up["change"] == pytest.approx(0.3)
+    assert effects["naive", "last", "base", "judge_accuracy"]["change"] == pytest.approx(-0.2)
+    assert effects["curated", "best", "naive round 3", "fd_real"]["change"] == pytest.approx(-210)
+    told = story(summary)
+    assert "curated, best in round 2 of 3, against the base: judged accuracy rises from 30.0 % to 60.0 %" in told
+    assert "naive, after round 3, against the base: judged accuracy falls from 30.0 % to 10.0 %, worse" in told
+    assert "verdict on round 3 of curated: rollback" in told
+    assert "The model of curated to keep is that of round 2 (models/curated-2)." in told
+
+
+def test_an_effect_that_is_not_there_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = {metric: (values[0],) * 4 for metric, values in METRICS["curated"].items()}
+    monkeypatch.setitem(METRICS, "curated", flat | {"judge_accuracy": (0.3, 0.31, 0.32, 0.31)})
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.play("curated")
+    report(builder.root)
+    _, summary = read(builder.root)
+    told = story(summary)
+    assert summary["arms"]["curated"]["best_round"] == 0
+    assert "judged accuracy shows no change beyond noise (30.0 % → 31.0 %)" in told
+    assert "No round of curated beat the base." in told and "to keep is the base itself" in told
+    assert "rises" not in told and "better" not in told
+
+
+def test_html_is_whole_and_harmless(whole: Path) -> None:
+    html, _ = read(whole)
+    check_closed(html)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert html.count("data:image/svg+xml;base64,") == 7 + 3 * 3  # a curve a metric, three histograms a round
+    assert "held-out scorer" in html and "training scorer" in html
+    assert "prefers-color-scheme: dark" in html and "image-rendering: pixelated" in html
+    for number in range(1, 4):
+        assert f"<summary>Round {number}</summary>" in html
+
+
+def test_contact_sheet_compares_the_same_seeds(whole: Path) -> None:
+    html, _ = read(whole)
+    sheet = html[html.index('id="sheet"') : html.index('id="candidates"')]
+    shown = [int(number) for number in re.findall(r"sample (\d+)\"", sheet)]
+    rows = arrow(whole, f"SELECT prompt_id, seed FROM samples WHERE sample_id IN ({', '.join(map(str, shown))})")
+    assert len(shown) == 2 * 7  # two prompts by the base and two arms of three rounds
+    assert len(set(zip(rows["prompt_id"].to_pylist(), rows["seed"].to_pylist(), strict=True))) == 2
+    assert "✓" in sheet and "✗" in sheet
+
+
+def test_again_gives_the_same_bytes(whole: Path) -> None:
+    before = (whole / "report.html").read_bytes(), (whole / "summary.json").read_bytes()
+    report(whole)
+    assert before == ((whole / "report.html").read_bytes(), (whole / "summary.json").read_bytes())
+
+
+def test_ceiling_of_real_scenes(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"parts": {"real": {"judge_accuracy": 0.97, "diversity": 61.5, "scenes": 9}}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(summaries, "WEIGHTS", tmp_path)
+    with summaries.opened(whole) as source:
+        summary = summaries.summarise(source)
+    assert summary["real"] == {"judge_accuracy": 0.97, "diversity": 61.5}
+    assert "97.0 % of real scenes" in story(summary)
+
+
+STAGES = ["nothing", "prompts", "reference", "measured", "closed", "one arm", "naive only", "unscored", "half a round"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_partial_stores(tmp_path: Path, stage: str) -> None:
+    builder = Builder(tmp_path / "s")
+    if stage == "prompts":
+        row = {"prompt_id": 1, "text": EVIL, "source": "x", "split": "eval", "kept": True}
+        builder.put("prompts", "curated", 0, "p", [row])
+    elif stage == "reference":
+        builder.samples("base", 0, "reference", TRAIN)
+    elif stage != "nothing":
+        builder.base()
+    if stage in ("measured", "closed", "half a round"):
+        builder.measure("curated", 0)
+    if stage in ("closed", "half a round"):
+        builder.close("curated", 0, False)
+    if stage == "half a round":
+        builder.samples("curated", 1, "train", TRAIN)
+    if stage == "one arm":
+        builder.play("curated", 1)
+    if stage == "naive only":
+        builder.play("naive", 2)
+    if stage == "unscored":
+        builder.candidates("naive", 1)
+    report(builder.root)
+    html, summary = read(builder.root)
+    check_closed(html)
+    assert summary["story"]
+    if stage == "one arm":
+        assert not summary["arms"]["curated"]["finished"]
+        assert "curated is not finished; so far, the model of curated to keep is that of round 1" in story(summary)
+
+
+def test_numbers_and_pictures_that_are_missing(tmp_path: Path) -> None:
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    name = "mine <i>, 評価, 10$ a_piece, and a name that goes on and on"
+    row = {"round": 0, "arm": "curated", "metric": name, "prompt_set": "held-out", "n": 4, "value": 1.0,
+           "ci_low": float("nan"), "ci_high": None}  # fmt: skip
+    builder.put("evaluations", "curated", 0, "e", [row])
+    broken = {"sample_id": 7, "round": 1, "arm": "curated", "split": "eval", "prompt_id": 1, "prompt": EVIL,
+              "seed": sample_id([1, 0]), "model": "m", "width": 8, "height": 8, "attempt": 0,
+              "image": {"bytes": b"no picture", "path": None}}  # fmt: skip
+    builder.put("samples", "curated", 1, "broken", [broken])
+    builder.put("evaluations", "curated", 1, "e", [row | {"round": 1, "ci_low": None}])
+    report(builder.root)
+    html, summary = read(builder.root)
+    check_closed(html)
+    assert summary["base"][name] == {"value": 1.0, "ci_low": None, "ci_high": None, "n": 4}
+    assert summary["arms"]["curated"]["best_round"] is None
+    assert "no image" in html and "mine &lt;i&gt;" in html and "nan" not in html.lower().split("<body>")[1][:20000]
+
+
+def test_a_store_without_a_recipe(tmp_path: Path) -> None:
+    root = create(tmp_path / "s")
+    row = {"round": 0, "arm": "mine", "metric": "fd_real", "prompt_set": "held-out", "value": 3.0, "n": 4}
+    data = pa.Table.from_pylist([row], schema=TABLES["evaluations"].schema)
+    seal(root, "evaluate", [commit(root, "evaluations", part_path("evaluations", {}, "0", "0"), data)], {})
+    report(root)
+    html, summary = read(root)
+    check_closed(html)
+    assert summary["recipe"] is None and summary["base"]["fd_real"]["value"] == 3.0
+
+
+def test_many_rounds_are_thinned_out() -> None:
+    rounds = list(range(1, 51))
+    shown = thinned(rounds, best=33)
+    assert {1, 33, 50} <= set(shown) and len(shown) <= 8
+    assert thinned(rounds[:8]) == rounds[:8]
+
+
+def test_large_images_are_shrunk(tmp_path: Path) -> None:
+    builder = Builder(tmp_path / "s", size=640)  # noise, which compresses worst
+    builder.base()
+    builder.play("curated", 1)
+    report(builder.root)
+    html, _ = read(builder.root)
+    check_closed(html)
+    assert "data:image/webp;base64," in html and "picture pixels" not in html
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_opens_it_without_complaint(whole: Path, tmp_path: Path) -> None:
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom", (whole / "report.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    assert "Curves over the rounds" in done.stdout and "<script" not in done.stdout
