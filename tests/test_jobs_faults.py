@@ -102,11 +102,11 @@ def test_killed_runs_end_like_an_uninterrupted_one(
     for attempt in range(60):
         # Half of the kills come by the clock, half at the n-th file operation, which no slow machine moves.
         by_clock = attempt % 2 == 0
-        last = kills >= 16
-        events = 0 if by_clock or last else rng.randint(1, 600)
+        last = kills >= 12
+        events = 0 if by_clock or last else rng.randint(1, 400)
         child = forks.start("test_jobs_faults:play", str(store), log=tmp_path / "log", events=events)
         if by_clock and not last:
-            time.sleep(rng.uniform(0.02, 0.35) * seconds)
+            time.sleep(rng.uniform(0.02, 0.3) * seconds)
             os.kill(child, signal.SIGKILL)
         status = forks.wait()
         if (store / "winnow.json").exists():
