@@ -94,7 +94,8 @@ def evaluate(run: Run) -> None:
     score(where, "eval", tuple(used))
     rows = samples.of(where, "eval")
     one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
-    spec = ["evaluate", settings.model_dump(mode="json"), list(used), ids(rows).tolist()]
+    d0 = ids(samples.of(run.base(), "reference")).tolist() if settings.space else []
+    spec = ["evaluate", settings.model_dump(mode="json"), list(used), ids(rows).tolist(), d0]
     work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
     complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))
 
@@ -156,11 +157,17 @@ def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
     found = {}
     for metric, target in targets.items():
         to_target = partial(_frechet_to, target=target)
-        found[metric] = Interval(to_target(mine), *bootstrap(to_target, mine, n=n, rng=seed))
-    found["diversity"] = Interval(
-        diversity(mine, prompts), *bootstrap(diversity, mine, prompts, n=n, rng=seed, paired=True)
-    )
+        found[metric] = _around(to_target(mine), bootstrap(to_target, mine, n=n, rng=seed))
+    spread = bootstrap(diversity, mine, prompts, n=n, rng=seed, paired=True)
+    found["diversity"] = _around(diversity(mine, prompts), spread)
     return found
+
+
+def _around(value: float, interval: tuple[float, float]) -> Interval:
+    """The bootstrap's width around the value itself: a resample repeats rows, which shifts these statistics, so
+    the percentiles alone may leave the value out."""
+    half = (interval[1] - interval[0]) / 2
+    return Interval(value, max(0.0, value - half), value + half)
 
 
 def _frechet_to(x: np.ndarray, target: tuple[np.ndarray, np.ndarray]) -> float:

@@ -74,7 +74,8 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
         row = {
             "round": run.round, "arm": run.arm, "model": _relative(run, trained_model(run)),
             "parent_model": None if run.round == 0 else _relative(run, run.start_model()),
-            "verdict": verdict.verdict, "reason": verdict.reason, "seconds": seconds, "images": made,
+            "verdict": verdict.verdict, "reason": verdict.reason, "best_round": verdict.best_round,
+            "seconds": seconds, "images": made,
             "recipe": run.recipe.name,
         }  # fmt: skip
         return pa.Table.from_pylist([row], schema=TABLES["rounds"].schema)

@@ -33,7 +33,7 @@ class Prompts(Settings):
     column: str = "text"
     benchmark: str | None = None
     keep: int | None = Field(None, ge=2)
-    held_out: float = Field(0.2, gt=0, lt=1)
+    held_out: float = Field(0.2, gt=0, le=0.5)
     longest: int = Field(1000, ge=1)
     least_clarity: float = Field(0.5, ge=0, le=1)
     least_specificity: float = Field(0.25, ge=0, le=1)
@@ -134,15 +134,16 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
         seed=seed % 2**31,
     )
     made: dict[int, dict[str, Any]] = {}
-    order = np.random.default_rng(seed).permutation(len(curated))
-    kept = [int(i) for i in order if curated[i].kept]
+    kept = sorted((i for i, prompt in enumerate(curated) if prompt.kept), key=lambda i: curated[i].text)
     if len(kept) < 2:
         reasons = sorted({p.reason for p in curated if p.reason})[:3]
         raise WinnowError(
             f"prompts source {settings.source!r}: {len(kept)} of {len(texts)} prompts pass, 2 are needed; "
             f"reasons were such as {'; '.join(reasons)}"
         )
-    held_out = set(kept[: max(1, round(settings.held_out * len(kept)))])
+    # Every n-th in alphabetical order: what is held out is then a fair picture of what is trained on.
+    every = max(2, round(1 / settings.held_out))
+    held_out = set(kept[seed % min(every, len(kept)) :: every])
     for i, prompt in enumerate(curated):
         # A dropped text may repeat: its line number keeps the rows apart, so that every reason is kept.
         key = prompt.text if prompt.kept else [prompt.text, i]

@@ -50,17 +50,23 @@ class Run:
         return sample_id(["seed", self.recipe.seed, *what])
 
     def start_model(self) -> str:
-        """The model that this round starts from: the base's, or what the round before promoted."""
+        """The model that this round starts from: the base's, what the round before made, or, where that one was
+        rolled back, the best round's."""
         if self.round <= 1:
             return self.recipe.model
-        sql = "SELECT model FROM rounds WHERE round = $round AND arm = $arm"
+        sql = (
+            "SELECT kept.model FROM rounds AS newest JOIN rounds AS kept ON kept.arm = newest.arm AND kept.round = "
+            "CASE WHEN newest.verdict = 'rollback' THEN newest.best_round ELSE newest.round END "
+            "WHERE newest.round = $round AND newest.arm = $arm"
+        )
         rows = self.query(sql, round=self.round - 1, arm=self.arm)
         if not rows.num_rows:
             raise WinnowError(
                 f"round {self.round} of arm {self.arm!r} starts from round {self.round - 1}, which has no verdict "
                 f"yet; run 'winnow round --round {self.round - 1}' first"
             )
-        return str(self.store / rows["model"][0].as_py())
+        model = rows["model"][0].as_py()
+        return str(self.store / model) if model.startswith("models/") else model
 
 
 def ids(table: pa.Table) -> np.ndarray:

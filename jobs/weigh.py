@@ -40,7 +40,7 @@ def kept(run: Run) -> pa.Table:
     return found
 
 
-def law_of(run: Run) -> tuple[float, float]:
+def scale_of(run: Run) -> tuple[float, float]:
     """beta and sigma2 of this run, from the recipe or calibrated on D_0."""
     settings = run.recipe.weigh
     if settings.beta is not None and settings.sigma2 is not None:
@@ -55,21 +55,22 @@ def weigh(run: Run) -> None:
     """Weights of the round's kept samples."""
     settings = run.recipe.weigh
     rows = kept(run)
-    spec = ["weigh", settings.model_dump(mode="json"), run.recipe.distance.model_dump(mode="json")]
+    if settings.by == "distance" and run.recipe.distance.space is None:
+        raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
+    scale = scale_of(run) if settings.by == "distance" else None
+    spec = ["weigh", settings.model_dump(mode="json"), run.recipe.distance.model_dump(mode="json"), scale]
     work = units("weights", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
-    complete(run, "weigh", "weights", work, lambda: _work(run, settings))
+    complete(run, "weigh", "weights", work, lambda: _work(run, scale))
 
 
-def _work(run: Run, settings: Weigh) -> Work:
+def _work(run: Run, scale: tuple[float, float] | None) -> Work:
     def work(rows: pa.Table) -> pa.Table:
         n = rows.num_rows
         weights = np.ones(n)
-        if settings.by == "distance":
-            if run.recipe.distance.space is None:
-                raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
+        if scale is not None:
             numbers, values = distances_of(run, "train")
             place = {number: i for i, number in enumerate(numbers.tolist())}
-            beta, sigma2 = law_of(run)
+            beta, sigma2 = scale
             weights = law.weights(values[[place[number] for number in ids(rows).tolist()]], beta, sigma2)
             size = law.effective_sample_size(weights)
             say(

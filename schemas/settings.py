@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 class Settings(BaseModel):
     """Base of every settings table. Unknown keys are refused together with the keys that exist."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -116,7 +116,7 @@ TABLES: dict[str, Table] = {
         _table(
             "rounds", key="round arm", finite="seconds",
             columns="round:int32 arm:string model:string parent_model:string? verdict:string reason:string "
-            "seconds:float64 images:int64 recipe:string",
+            "best_round:int32 seconds:float64 images:int64 recipe:string",
         ),
         _table(
             "shards", key="path", finite="",

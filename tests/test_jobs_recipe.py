@@ -84,7 +84,6 @@ def test_impossible_values_are_refused_with_the_key(key: str, value: object, sai
     assert said in str(caught.value) and "recipe embedded" in str(caught.value), caught.value
 
 
-@pytest.mark.xfail(reason="schemas.settings takes infinity and NaN where no bound forbids them")
 def test_infinite_settings_are_refused() -> None:
     for key in ("train.lr", "generate.guidance", "weigh.beta", "train.clip"):
         for value in (float("inf"), float("nan")):

@@ -123,8 +123,8 @@ class Builder:
     def close(self, arm: str, round: int, last: bool) -> None:
         verdict, reason = ENDS[arm] if last else ("promote", "the newest is the best" if round else "the base")
         row = {"round": round, "arm": arm, "model": f"models/{arm}-{round}" if round else "embedded",
-               "parent_model": None, "verdict": verdict, "reason": reason, "seconds": 10.0 * round, "images": 12,
-               "recipe": "embedded"}  # fmt: skip
+               "parent_model": None, "verdict": verdict, "reason": reason, "best_round": round,
+               "seconds": 10.0 * round, "images": 12, "recipe": "embedded"}  # fmt: skip
         self.put("rounds", arm, round, "r", [row])
 
     def play(self, arm: str, rounds: int = 3) -> None:
