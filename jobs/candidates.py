@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import weigh as law
-from curate.fuse import rank_fusion, zscore_fusion
+from curate.fuse import FUSIONS
 from jobs import plots
 from jobs.recipe import Recipe
 from jobs.run import BASE
@@ -88,7 +88,7 @@ def _selection_score(source: Source, recipe: Recipe | None, rows: pa.Table) -> n
         columns.append(found["value"].to_numpy())
     if len(columns) < 2:
         return columns[0] if columns else None
-    fuse = {"rank": rank_fusion, "zscore": zscore_fusion}[recipe.select.fuse]
+    fuse = FUSIONS[recipe.select.fuse]
     return fuse(np.stack(columns, axis=1), rows["prompt_id"].to_numpy())
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curate import select as choose
-from curate.fuse import rank_fusion, zscore_fusion
+from curate.fuse import FUSIONS
 from jobs import samples
 from jobs.embed import vectors_of
 from jobs.run import Run, ids
@@ -79,7 +79,7 @@ def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) ->
         fused = scores[used[0]]
     elif used:
         stacked = np.stack([scores[name] for name in used], axis=1)
-        fused = {"rank": rank_fusion, "zscore": zscore_fusion}[settings.fuse](stacked, groups)
+        fused = FUSIONS[settings.fuse](stacked, groups)
     elif settings.policy != "random":
         raise WinnowError(f"select.policy {settings.policy!r} needs scores; name scorers in score.scorers")
     features = vectors_of(run, settings.space, "train")[1] if settings.space else None
