@@ -13,6 +13,7 @@ from curate.fuse import FUSIONS
 from jobs import plots
 from jobs.recipe import Recipe
 from jobs.run import BASE
+from jobs.select import selecting
 from jobs.summary import Source
 
 TILES = 6  # in a shelf of a gallery
@@ -66,11 +67,6 @@ def candidates(source: Source, recipe: Recipe | None, arm: str, number: int) -> 
         metric=recipe.distance.name if recipe else None,
     )  # fmt: skip
     return Candidates(number, rows, _selection_score(source, recipe, rows))
-
-
-def selecting(recipe: Recipe) -> tuple[str, ...]:
-    """The scorers that order the candidates."""
-    return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
 
 
 def _selection_score(source: Source, recipe: Recipe | None, rows: pa.Table) -> np.ndarray | None:

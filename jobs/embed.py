@@ -6,12 +6,11 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from jobs import samples
-from jobs.encoders import ENCODERS, Encoder, encoder
+from jobs.encoders import Encoder, EncoderName, encoder
 from jobs.images import images_of
-from jobs.named import known
 from jobs.run import Run
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
@@ -22,15 +21,8 @@ from schemas.tables import embedding_schema
 class Embed(Settings):
     """``encoders``: the spaces that distances and diverse selection use; ``batch``: images at once."""
 
-    encoders: tuple[str, ...] = ()
+    encoders: tuple[EncoderName, ...] = ()
     batch: int = Field(64, ge=1)
-
-    @field_validator("encoders")
-    @classmethod
-    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            known("encoder", name, ENCODERS)
-        return names
 
 
 def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = None) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator
 
 from jobs import world
-from jobs.named import pick
+from jobs.named import known, pick
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ ENCODERS: dict[str, Callable[[str], Encoder]] = {
     "scene-clip": _scene_clip,
     "scene-judge": _scene_judge,
 }
+
+
+#: The name of a known encoder, as settings hold it.
+EncoderName = Annotated[str, AfterValidator(lambda name: known("encoder", name, ENCODERS))]
 
 
 def encoder(name: str) -> Encoder:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from curate.drift import Interval, bootstrap, diversity, frechet, moments, win_rate
 from jobs import samples
 from jobs.embed import embed, vectors_of
-from jobs.encoders import ENCODERS
+from jobs.encoders import EncoderName
 from jobs.generate import generate
-from jobs.named import known
 from jobs.run import BASE, Run, ids
 from jobs.score import score, scores_of
-from jobs.scorers import SCORERS
+from jobs.scorers import ScorerName
 from jobs.stage import Work, complete, units
 from jobs.train import trained_model
 from jobs.world import WEIGHTS
@@ -35,32 +34,11 @@ class Evaluate(Settings):
 
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=2)
-    scorers: tuple[str, ...] = ()
-    judge: str | None = None
-    space: str | None = None
+    scorers: tuple[ScorerName, ...] = ()
+    judge: ScorerName | None = None
+    space: EncoderName | None = None
     real: str | None = None
     resamples: int = Field(200, ge=2)
-
-    @field_validator("scorers")
-    @classmethod
-    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            known("scorer", name, SCORERS)
-        return names
-
-    @field_validator("judge")
-    @classmethod
-    def _judge_exists(cls, name: str | None) -> str | None:
-        if name is not None:
-            known("scorer", name, SCORERS)
-        return name
-
-    @field_validator("space")
-    @classmethod
-    def _space_exists(cls, name: str | None) -> str | None:
-        if name is not None:
-            known("encoder", name, ENCODERS)
-        return name
 
 
 class Reference(Settings):

@@ -17,10 +17,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs import plots
-from jobs.candidates import candidates, histograms, lineage, selected, selecting
+from jobs.candidates import candidates, histograms, lineage, selected
 from jobs.images import decode
 from jobs.recipe import Recipe
 from jobs.run import BASE
+from jobs.select import selecting
 from jobs.summary import (
     HEADLINES,
     Figure,

@@ -6,13 +6,12 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from jobs import samples
 from jobs.images import images_of
-from jobs.named import known
 from jobs.run import Run
-from jobs.scorers import SCORERS, Scorer, scorer
+from jobs.scorers import Scorer, ScorerName, scorer
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -22,15 +21,8 @@ from schemas.tables import TABLES
 class Score(Settings):
     """``scorers``: what selection may use; ``batch``: images at once."""
 
-    scorers: tuple[str, ...] = ()
+    scorers: tuple[ScorerName, ...] = ()
     batch: int = Field(64, ge=1)
-
-    @field_validator("scorers")
-    @classmethod
-    def _exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            known("scorer", name, SCORERS)
-        return names
 
 
 def score(run: Run, split: str = "train", scorers: tuple[str, ...] | None = None) -> None:

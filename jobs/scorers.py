@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator
 
 from jobs import world
-from jobs.named import pick
+from jobs.named import known, pick
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ SCORERS: dict[str, Callable[[str], Scorer]] = {
     "scene-reader": _scene_reader,  # log-likelihood, at most 0; never used to select
     "scene-judge": _scene_judge,  # 1 where everything is as the caption says, else 0; never used to select
 }
+
+
+#: The name of a known scorer, as settings hold it.
+ScorerName = Annotated[str, AfterValidator(lambda name: known("scorer", name, SCORERS))]
 
 
 def scorer(name: str) -> Scorer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
+
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
 
 
 class Select(Settings):
@@ -50,7 +53,12 @@ def _scorers(run: Run) -> tuple[str, ...]:
     settings = run.recipe.select
     if settings.policy == "random" and not settings.floors:
         return ()
-    return run.recipe.score.scorers if settings.scorers is None else settings.scorers
+    return selecting(run.recipe)
+
+
+def selecting(recipe: Recipe) -> tuple[str, ...]:
+    """The scorers that order the candidates."""
+    return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
 
 
 def _work(run: Run, settings: Select, used: tuple[str, ...]) -> Work:

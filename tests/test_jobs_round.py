@@ -13,32 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import World, files
 from conftest import rows as query
+from contract import CONTRACT
 from PIL import Image
 
 from schemas.tables import TABLES
 from storage.snapshot import latest, numbers
 from storage.verify import verify
 
-VIEWS = {
-    "prompts": "prompt_id text source cluster kept reason",
-    "samples": "sample_id round prompt_id prompt seed model width height parent_id refiner image",
-    "scores": "sample_id round scorer value",
-    "embeddings": "sample_id round encoder vector",
-    "distances": "sample_id round space metric reference value",
-    "selections": "selection round sample_id kept rank weight reason",
-    "evaluations": "round arm metric prompt_set value ci_low ci_high n",
-    "rounds": "round arm model parent_model verdict reason seconds images",
-    "curated": "sample_id round prompt image weight scores",
-}
 SCORERS = {"scene-clip", "scene-reader"}
 MEASURED = {"judge_accuracy", "fd_real", "fd_d0", "diversity", *SCORERS}
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", CONTRACT)
 def test_every_view_has_its_columns_and_rows(world: World, view: str) -> None:
     found = world.table(f"SELECT * FROM {view}")
     assert found.num_rows > 0
-    assert set(VIEWS[view].split()) <= set(found.column_names)
+    assert set(CONTRACT[view].split()) <= set(found.column_names)
 
 
 def test_the_store_is_sound(world: World) -> None:

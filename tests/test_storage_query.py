@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from contract import CONTRACT
 
 from schemas.errors import WinnowError
 from schemas.tables import TABLES, embedding_schema
@@ -15,17 +16,6 @@ from storage.query import arrow, connect, user_query
 from storage.snapshot import Snapshot, latest, seal
 from storage.views import views
 
-CONTRACT = {
-    "prompts": "prompt_id text source cluster kept reason",
-    "samples": "sample_id round prompt_id prompt seed model width height parent_id refiner image",
-    "scores": "sample_id round scorer value",
-    "embeddings": "sample_id round encoder vector",
-    "distances": "sample_id round space metric reference value",
-    "selections": "selection round sample_id kept rank weight reason",
-    "evaluations": "round arm metric prompt_set value ci_low ci_high n",
-    "rounds": "round arm model parent_model verdict reason seconds images",
-    "curated": "sample_id round prompt image weight scores",
-}
 SCORERS = ("clip", 'a "quoted" scorer\'s', "CLIP")
 
 

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,7 @@ def _real(hand: Slices, _: Steps, rng: np.random.Generator, to: Path) -> Figures
     from safetensors.numpy import save_file
 
     model = restore(DigitReader(), to / "judge.safetensors")
-    scenes = [replace(parse(text)) for text in all_captions() for _ in range(25)]
+    scenes = [parse(text) for text in all_captions() for _ in range(25)]
     images = render(scenes, hand["test"], rng)
     right, features = judge(model, images, scenes)
     mean, cov, n = moments(features)
