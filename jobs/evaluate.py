@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from curate.drift import Interval, bootstrap, diversity, frechet, moments, win_rate
@@ -29,8 +31,9 @@ PROMPT_SET = "held-out"
 
 class Evaluate(Settings):
     """``scorers``: held out from selection. ``judge``: the scorer whose mean is ``judge_accuracy``. ``space``: the
-    encoder of the Fréchet distances and of diversity. ``real``: a file with mean and covariance of real images in
-    that space (``*.safetensors``), or "embedded". ``resamples``: of the bootstrap behind the intervals."""
+    encoder of the Fréchet distances and of diversity. ``real``: real images in that space, a Parquet file of
+    ``vector`` and, so that ``fd_real`` compares like with like, ``prompt``; or "embedded". ``resamples``: of the
+    bootstrap behind the intervals."""
 
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=2)
@@ -48,15 +51,22 @@ class Reference(Settings):
     images_per_prompt: int = Field(1, ge=1)
 
 
-def real_moments(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D] of real images' features."""
-    from safetensors.numpy import load_file
-
-    path = WEIGHTS / "real.safetensors" if name == "embedded" else Path(name).expanduser()
-    if not path.is_file():
-        raise WinnowError(f"evaluate.real {name!r}: no such file; give 'embedded' or a .safetensors of mean and cov")
-    held = load_file(path)
-    return held["mean"].astype(np.float64), held["cov"].astype(np.float64)
+def real_moments(name: str, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] of real images' features: those of ``prompts`` where the file names prompts, so
+    that what the prompts ask for is not mistaken for a distance."""
+    path = WEIGHTS / "real.parquet" if name == "embedded" else Path(name).expanduser()
+    try:
+        table = pq.read_table(path)
+        if "prompt" in table.column_names:
+            table = table.filter(pc.field("prompt").isin(sorted(set(prompts))))
+        vectors = np.stack(table["vector"].to_numpy()).astype(np.float64)
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise WinnowError(
+            f"evaluate.real {name!r}: no features of real images for these prompts ({str(error)[:200]}); give "
+            "'embedded' or a Parquet file of 'vector' and, if you like, 'prompt'"
+        ) from error
+    mean, cov, _ = moments(vectors)
+    return mean, cov
 
 
 def evaluate(run: Run) -> None:
@@ -131,7 +141,7 @@ def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
     n, seed = settings.resamples, run.seed("bootstrap", "spread") % 2**31
     targets = {"fd_d0": moments(d0)[:2]}
     if settings.real:
-        targets["fd_real"] = real_moments(settings.real)
+        targets["fd_real"] = real_moments(settings.real, rows["prompt"].to_pylist())
     found = {}
     for metric, target in targets.items():
         to_target = partial(_frechet_to, target=target)

@@ -46,6 +46,7 @@ def _embedded() -> list[str]:
     return all_captions()
 
 
+GOLDEN = (5**0.5 - 1) / 2
 LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 cannot
 
 #: Names for ``source:``; anything else is a file.
@@ -134,16 +135,17 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
         seed=seed % 2**31,
     )
     made: dict[int, dict[str, Any]] = {}
-    kept = sorted((i for i, prompt in enumerate(curated) if prompt.kept), key=lambda i: curated[i].text)
+    kept = [i for i, prompt in enumerate(curated) if prompt.kept]
     if len(kept) < 2:
         reasons = sorted({p.reason for p in curated if p.reason})[:3]
         raise WinnowError(
             f"prompts source {settings.source!r}: {len(kept)} of {len(texts)} prompts pass, 2 are needed; "
             f"reasons were such as {'; '.join(reasons)}"
         )
-    # Every n-th in alphabetical order: what is held out is then a fair picture of what is trained on.
-    every = max(2, round(1 / settings.held_out))
-    held_out = set(kept[seed % min(every, len(kept)) :: every])
+    # Steps of the golden ratio through the source fall evenly on whatever blocks and periods it has, so that what is
+    # held out is a fair picture of what is trained on.
+    places = (np.arange(len(kept)) * GOLDEN + seed % 2**31 / 2**31) % 1
+    held_out = {kept[at] for at in places.argsort()[: max(1, round(settings.held_out * len(kept)))]}
     for i, prompt in enumerate(curated):
         # A dropped text may repeat: its line number keeps the rows apart, so that every reason is kept.
         key = prompt.text if prompt.kept else [prompt.text, i]

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class Train(Settings):
-    """``lr`` decays to ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``:
+    """``lr`` rises over ``lr_warmup`` steps and decays to ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``:
     steps between two resumable states, 0 for none. ``prompt_dropout`` keeps classifier-free guidance alive."""
 
     steps: int = Field(750, ge=1)
     batch: int = Field(12, ge=1)
     lr: float = Field(1e-6, gt=0)
     lr_floor: float = Field(1.0, ge=0, le=1)
+    lr_warmup: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.0, ge=0, lt=1)
     clip: float = Field(1.0, gt=0)

@@ -77,9 +77,11 @@ def weighted_loss(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor
     return (weights * each).mean()
 
 
-def lr_factor(step: int, steps: int, floor: float) -> float:
-    """Cosine from 1 down to ``floor``."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def lr_factor(step: int, steps: int, floor: float, warmup: int = 0) -> float:
+    """Cosine from 1 down to ``floor``, its first ``warmup`` steps rising linearly from nothing: Adam's first steps
+    know no variance yet, and at full rate they undo more of a trained model than the rest can mend."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def text_contexts(pipe: Any, texts: list[str], batch: int = 64) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ def fine_tune(
     unet = pipe.unet.float().train()
     parameters = [p for p in unet.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     first = _resume(progress, unet, average, optimiser)
     with bar(label, settings.steps) as advance:
         advance(first)
@@ -149,7 +151,7 @@ def fine_tune(
                     f"train: the loss is {loss.item()} at step {step} (samples {first_few}, …); lower train.lr"
                 )
             for group in optimiser.param_groups:
-                group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor)
+                group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, settings.clip)

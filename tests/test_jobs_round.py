@@ -314,7 +314,7 @@ def test_samples_load_as_a_hugging_face_dataset(world: World, tmp_path: Path) ->
     found = load_dataset(world.store / "tables" / "samples" / "**" / "*.parquet", tmp_path)
     assert len(found) == world.rows("SELECT count(*) AS n FROM samples")[0]["n"]
     image = found[0]["image"]
-    assert isinstance(image, Image.Image) and image.size == (32, 32) == (found[0]["width"], found[0]["height"])
+    assert isinstance(image, Image.Image) and image.size == (16, 16) == (found[0]["width"], found[0]["height"])
 
 
 def test_shards_load_as_a_training_set(world: World, tmp_path: Path) -> None:

@@ -119,6 +119,12 @@ def test_learning_rate_falls_from_1_to_the_floor() -> None:
     assert {lr_factor(step, 10, 1.0) for step in range(11)} == {1.0}
 
 
+def test_learning_rate_rises_first_where_told() -> None:
+    factors = [lr_factor(step, 100, 0.1, 4) for step in range(100)]
+    assert factors[:4] == pytest.approx([k / 5 * lr_factor(k - 1, 100, 0.1) for k in (1, 2, 3, 4)])
+    assert factors[4:] == [lr_factor(step, 100, 0.1) for step in range(4, 100)]
+
+
 def examples(weights: list[float]) -> list[Example]:
     rng = np.random.default_rng(5)
     made = []

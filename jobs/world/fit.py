@@ -24,11 +24,11 @@ def pixels(images: np.ndarray) -> Tensor:
 
 
 def fresh_scenes(
-    hand: Handwriting, batch: int, rng: np.random.Generator, pairs: float = 0.2
+    hand: Handwriting, batch: int, rng: np.random.Generator
 ) -> Iterator[tuple[list[Scene], np.ndarray]]:
-    """Endless batches of new scenes with their images, uint8 [batch, 32, 32, 3]."""
+    """Endless batches of new scenes with their images, uint8 [batch, 16, 16, 3]."""
     while True:
-        scenes = draw_scenes(batch, rng, pairs)
+        scenes = draw_scenes(batch, rng)
         yield scenes, render(scenes, hand, rng)
 
 

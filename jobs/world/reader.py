@@ -18,15 +18,15 @@ from jobs.images import array
 from jobs.models import digest
 from jobs.world import WEIGHTS
 from jobs.world.fit import Progress, fit, fresh_scenes, pixels, restore
-from jobs.world.scenes import COLOURS, RELATIONS, Handwriting, Scene, parse
+from jobs.world.scenes import BACKGROUNDS, DIGITS, INKS, Handwriting, Scene, parse
 
-#: Slots and their sizes: relation (or none), two digits, two colours, background.
-SLOTS = (1 + len(RELATIONS), 10, 10, len(COLOURS), len(COLOURS), len(COLOURS))
+#: The slots of a scene and their sizes: digit, ink, background.
+SLOTS = (len(DIGITS), len(INKS), len(BACKGROUNDS))
 UNSAID = -1
 
 
 class SlotReader(nn.Module):
-    """RGB [N, 3, 32, 32] in [−1, 1] → logits [N, sum(SLOTS)]."""
+    """RGB [N, 3, 16, 16] in [−1, 1] → logits [N, sum(SLOTS)]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SlotReader(nn.Module):
             return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
 
         self.layers = nn.Sequential(
-            *block(3, 32), *block(32, 48), *block(48, 64), nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(),
+            *block(3, 32), *block(32, 64), nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(),
             nn.Linear(128, sum(SLOTS)),
         )  # fmt: skip
 
@@ -44,14 +44,10 @@ class SlotReader(nn.Module):
 
 def slots(scene: Scene) -> list[int]:
     """The scene as slot indices; what the caption leaves open is UNSAID."""
-    pair = scene.relation is not None
     return [
-        1 + RELATIONS.index(scene.relation) if scene.relation else 0,
-        scene.digits[0],
-        scene.digits[1] if pair else UNSAID,
-        COLOURS.index(scene.colours[0]),
-        COLOURS.index(scene.colours[1]) if pair else UNSAID,
-        COLOURS.index(scene.background) if scene.background else UNSAID,
+        scene.digit,
+        INKS.index(scene.ink),
+        BACKGROUNDS.index(scene.background) if scene.background else UNSAID,
     ]
 
 
@@ -84,7 +80,7 @@ class Reader:
 def train_reader(hand: Handwriting, steps: int, rng: np.random.Generator, progress: Progress) -> SlotReader:
     """From scratch on scenes with a little noise, so that a generator's texture does not matter."""
     model = SlotReader()
-    batches = fresh_scenes(hand, 128, rng, pairs=0.4)
+    batches = fresh_scenes(hand, 128, rng)
 
     def loss() -> Tensor:
         scenes, images = next(batches)

@@ -1,10 +1,9 @@
 """Scenes: what a caption of the embedded world says, and how it looks with real handwriting.
 
-A scene holds one or two handwritten digits, each in a colour, on a plain background:
+A scene is one handwritten digit in bright ink on a dark background:
 
     a red seven on a blue background
-    a green three left of a white eight
-    a green three above a white eight on a black background
+    a cyan three
 
 Captions and scenes are the same thing in two notations: ``parse(caption(scene)) == scene``. A caption that does
 not name its background leaves it open, and any background is right for it.
@@ -19,50 +18,44 @@ import numpy as np
 
 from schemas.errors import WinnowError
 
-SIZE = 32  # pixels a side
+SIZE = 16  # pixels a side
 PALETTE = {
-    "red": (210, 40, 45),
-    "green": (40, 160, 70),
-    "blue": (45, 80, 205),
-    "yellow": (240, 205, 50),
+    "red": (235, 60, 60),
+    "green": (60, 190, 90),
+    "yellow": (245, 215, 60),
     "white": (245, 245, 245),
+    "cyan": (70, 215, 240),
+    "pink": (250, 105, 180),
     "black": (15, 15, 15),
+    "blue": (30, 40, 130),
+    "purple": (100, 30, 110),
 }
+INKS = ("red", "green", "yellow", "white", "cyan", "pink")
 COLOURS = tuple(PALETTE)
+BACKGROUNDS = ("black", "blue", "purple")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-RELATIONS = ("left of", "above")
-#: Top-left corners of the digit boxes, before jitter: rows, columns. The box side is the last number.
-BOXES = {
-    None: ((5, 5, 22),),
-    "left of": ((9, 0, 15), (9, 17, 15)),
-    "above": ((0, 9, 15), (17, 9, 15)),
-}
-BOX_SIDES = (22, 15)
-JITTER = {22: 2, 15: 1}  # pixels either way
-COLOUR_JITTER = 8.0  # standard deviation a channel, of 255
+BOX = 14  # pixels a side of a digit
+JITTER = 1  # pixels either way, around the middle
+COLOUR_JITTER = 4.0  # standard deviation a channel, of 255
+UNNAMED = 0.1  # share of the drawn scenes whose caption leaves the background open
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two coloured digits; ``relation`` is None for one; ``background`` None means "any"."""
+    """A digit 0…9, its ink, and its background, None for "any"."""
 
-    digits: tuple[int, ...]
-    colours: tuple[str, ...]
-    relation: str | None = None
+    digit: int
+    ink: str
     background: str | None = None
 
 
 def caption(scene: Scene) -> str:
     """The scene in words."""
-    nouns = [f"a {c} {DIGITS[d]}" for c, d in zip(scene.colours, scene.digits, strict=True)]
-    text = nouns[0] if scene.relation is None else f"{nouns[0]} {scene.relation} {nouns[1]}"
+    text = f"a {scene.ink} {DIGITS[scene.digit]}"
     return text if scene.background is None else f"{text} on a {scene.background} background"
 
 
-_NOUN = rf"a ({'|'.join(COLOURS)}) ({'|'.join(DIGITS)})"
-_CAPTION = re.compile(
-    rf"{_NOUN}(?: ({'|'.join(RELATIONS)}) {_NOUN})?(?: on a ({'|'.join(COLOURS)}) background)?"
-)
+_CAPTION = re.compile(rf"a ({'|'.join(INKS)}) ({'|'.join(DIGITS)})(?: on a ({'|'.join(BACKGROUNDS)}) background)?")
 
 
 def parse(text: str) -> Scene:
@@ -70,84 +63,60 @@ def parse(text: str) -> Scene:
     found = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if found is None:
         raise WinnowError(
-            f"prompt {text[:80]!r}: not a caption of the embedded world; write for example "
-            "'a red seven on a blue background' or 'a green three left of a white eight'"
+            f"prompt {text[:80]!r}: not a caption of the embedded world; write for example 'a red seven on a blue "
+            f"background', with ink {', '.join(INKS)} and background {', '.join(BACKGROUNDS)}"
         )
-    c1, d1, relation, c2, d2, background = found.groups()
-    if relation is None:
-        return Scene((DIGITS.index(d1),), (c1,), None, background)
-    return Scene((DIGITS.index(d1), DIGITS.index(d2)), (c1, c2), relation, background)
+    ink, digit, background = found.groups()
+    return Scene(DIGITS.index(digit), ink, background)
 
 
-def draw_scenes(n: int, rng: np.random.Generator, pairs: float = 0.2) -> list[Scene]:
-    """``n`` random scenes, a share ``pairs`` of them with two digits (half of those name their background)."""
-    scenes = []
-    for _ in range(n):
-        background, *others = rng.permutation(len(COLOURS))
-        named = str(COLOURS[background])
-        if rng.random() < pairs:
-            digits = tuple(int(d) for d in rng.integers(0, 10, 2))
-            colours = tuple(COLOURS[i] for i in rng.choice(others, 2))
-            relation = RELATIONS[rng.integers(2)]
-            scenes.append(Scene(digits, colours, relation, named if rng.random() < 0.5 else None))
-        else:
-            scenes.append(Scene((int(rng.integers(10)),), (COLOURS[others[0]],), None, named))
-    return scenes
+def draw_scenes(n: int, rng: np.random.Generator) -> list[Scene]:
+    """``n`` random scenes, most of which name their background."""
+    digits, inks = rng.integers(0, 10, n), rng.choice(INKS, n)
+    backgrounds, named = rng.choice(BACKGROUNDS, n), rng.random(n) >= UNNAMED
+    return [
+        Scene(int(d), str(i), str(b) if said else None)
+        for d, i, b, said in zip(digits, inks, backgrounds, named, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Handwriting:
-    """Real digits at the two box sides: ``boxes[side]`` is float32 ink in [0, 1], [N, side, side]; labels [N]."""
+    """Real digits: ``ink`` is float32 in [0, 1], [N, BOX, BOX]; labels [N]."""
 
-    boxes: dict[int, np.ndarray]
+    ink: np.ndarray
     labels: np.ndarray
 
     def slice(self, start: int, stop: int) -> Handwriting:
-        return Handwriting({s: b[start:stop] for s, b in self.boxes.items()}, self.labels[start:stop])
+        return Handwriting(self.ink[start:stop], self.labels[start:stop])
 
 
 def handwriting(images: np.ndarray, labels: np.ndarray) -> Handwriting:
-    """Digits [N, H, W] uint8 cut to their ink's common frame and resized by area to the box sides."""
+    """Digits [N, H, W] uint8 cut to their ink's common frame and resized by area to the box."""
     import torch
 
     trim = 4 if images.shape[1] == 28 else 0  # MNIST centres a 20-pixel digit in 28 pixels
     ink = torch.from_numpy(images[:, trim : images.shape[1] - trim, trim : images.shape[2] - trim])
-    ink = ink[:, None].float() / 255
-    boxes = {
-        side: torch.nn.functional.interpolate(ink, (side, side), mode="bilinear", antialias=True)[:, 0].numpy()
-        for side in BOX_SIDES
-    }
-    return Handwriting(boxes, labels.astype(np.int64))
+    ink = torch.nn.functional.interpolate(
+        ink[:, None].float() / 255, (BOX, BOX), mode="bilinear", antialias=True
+    )
+    return Handwriting(ink[:, 0].numpy(), labels.astype(np.int64))
 
 
 def render(scenes: list[Scene], hand: Handwriting, rng: np.random.Generator) -> np.ndarray:
-    """Scenes as uint8 RGB [N, 32, 32, 3]; every digit is one real writer's, drawn at random from ``hand``."""
+    """Scenes as uint8 RGB [N, 16, 16, 3]; every digit is one real writer's, drawn at random from ``hand``."""
     by_digit = [np.flatnonzero(hand.labels == d) for d in range(10)]
     images = np.empty((len(scenes), SIZE, SIZE, 3), np.float32)
     for image, scene in zip(images, scenes, strict=True):
-        free = [c for c in COLOURS if c not in scene.colours]
-        background = scene.background or free[rng.integers(len(free))]
+        background = scene.background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
         image[:] = PALETTE[background] + rng.normal(0, COLOUR_JITTER, 3)
-        for digit, colour, (top, left, side) in zip(
-            scene.digits, scene.colours, BOXES[scene.relation], strict=True
-        ):
-            shift = JITTER[side]
-            y = int(np.clip(top + rng.integers(-shift, shift + 1), 0, SIZE - side))
-            x = int(np.clip(left + rng.integers(-shift, shift + 1), 0, SIZE - side))
-            ink = hand.boxes[side][rng.choice(by_digit[digit])][:, :, None]
-            box = image[y : y + side, x : x + side]
-            box += ink * (PALETTE[colour] + rng.normal(0, COLOUR_JITTER, 3) - box)
+        y, x = (SIZE - BOX) // 2 + rng.integers(-JITTER, JITTER + 1, 2)
+        ink = hand.ink[rng.choice(by_digit[scene.digit])][:, :, None]
+        box = image[y : y + BOX, x : x + BOX]
+        box += ink * (PALETTE[scene.ink] + rng.normal(0, COLOUR_JITTER, 3) - box)
     return np.clip(images, 0, 255).round().astype(np.uint8)
 
 
-def all_captions(pairs: int = 60) -> list[str]:
-    """Every caption of one digit (300), and ``pairs`` of two digits: always the same ones."""
-    singles = [
-        Scene((digit,), (colour,), None, background)
-        for digit in range(10)
-        for colour in COLOURS
-        for background in COLOURS
-        if background != colour
-    ]
-    twos = draw_scenes(pairs, np.random.default_rng(0), pairs=1.0)
-    return sorted({caption(scene) for scene in [*singles, *twos]})
+def all_captions() -> list[str]:
+    """Every caption that names its background: 180, digit by digit."""
+    return [caption(Scene(digit, ink, background)) for digit in range(10) for ink in INKS for background in BACKGROUNDS]
