@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop report sql explain verify base study lint types lock clean
+.PHONY: help setup demo test $(STAGES) loop report sql explain verify base study lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,8 +73,6 @@ study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
 lint: $(READY) ## check the style and the direction of the imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
-types: $(READY) ## check the types
-	$(VENV)/bin/pyright
 lock: $(READY) ## pin what is installed now in constraints.txt
 	$(VENV)/bin/pip freeze --exclude-editable | grep -v '^#' > constraints.txt
 clean: ## remove what can be made again: .venv/ and caches (stores in runs/ stay)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 class Train(Settings):
-    """``lr`` rises over ``lr_warmup`` steps and decays to ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``:
-    steps between two resumable states, 0 for none. ``prompt_dropout`` keeps classifier-free guidance alive."""
+    """``lr`` rises over ``lr_warmup`` steps, and decays to ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the
+    last weights; ``checkpoint``: steps between two resumable states, 0 for none. ``prompt_dropout`` keeps
+    classifier-free guidance alive."""
 
     steps: int = Field(750, ge=1)
     batch: int = Field(12, ge=1)

@@ -472,11 +472,11 @@ def test_an_error_of_a_users_model_is_one_line_and_a_traceback_with_debug(
 
 
 def limited(store: str) -> None:
-    """A run that may write no file above 20 kB, as on a full disk."""
+    """A run that may write no file above 4 kB, as on a full disk."""
     from jobs.cli import main
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
     sys.argv = ["winnow", "generate", "--recipe", "embedded-fast", "--store", store, *options({})]
     main()
 

@@ -125,8 +125,9 @@ def changed(scene: Scene, slot: str) -> Scene | None:
     if slot == "ink":
         return replace(scene, ink=INKS[INKS.index(scene.ink) - 1])
     if slot == "background":
-        at = scene.background and BACKGROUNDS.index(scene.background)
-        return None if at is None else replace(scene, background=BACKGROUNDS[at - 1])
+        if scene.background is None:
+            return None
+        return replace(scene, background=BACKGROUNDS[BACKGROUNDS.index(scene.background) - 1])
     return replace(scene, digit=(scene.digit + 3) % 10)
 
 
