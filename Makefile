@@ -56,10 +56,11 @@ round: $(READY) ## play one whole round
 loop: $(READY) ## play rounds until the guard ends them (ROUNDS=8)
 	$(WINNOW) loop $(IN) $(if $(ROUNDS),--rounds $(ROUNDS))
 
+ASK := SELECT round, arm, verdict, reason FROM rounds ORDER BY arm, round
 report: $(READY) ## write report.html and summary.json into the store
 	$(WINNOW) report $(IN)
 sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
-	$(WINNOW) sql --store $(STORE) $(ARGS) "$(or $(Q),SELECT round, arm, verdict, reason FROM rounds ORDER BY arm, round)"
+	$(WINNOW) sql --store $(STORE) $(ARGS) '$(if $(Q),$(Q),$(ASK))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain $(IN) $(ID)
 verify: $(READY) ## check every sealed part against its SHA-256 and schema

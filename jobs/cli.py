@@ -267,8 +267,9 @@ def demo(
 def report(recipe: RecipeName = RECIPE, store: StorePath = STORE) -> None:
     """Write report.html and summary.json into the store."""
     from jobs.report import report as write
+    from storage.layout import check
 
-    print(write(open_run(recipe, store, _first_arm(recipe), 1, None).store))
+    print(write(check(store)))
 
 
 @app.command()
@@ -291,8 +292,9 @@ def explain(
 ) -> None:
     """Tell why a sample was kept or dropped."""
     from jobs.explain import explain as tell
+    from storage.layout import check
 
-    print(tell(open_run(recipe, store, _first_arm(recipe), 1, None), sample))
+    print(tell(open_run(recipe, check(store), _first_arm(recipe), 1, None), sample))
 
 
 @app.command()

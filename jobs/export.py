@@ -83,8 +83,10 @@ def export(run: Run) -> None:
                 use_dictionary=False,
             )  # fmt: skip
 
+    # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
+    commit_folder(run.store, f"shards/{name}", write)
+
     def manifest(_: pa.Table) -> pa.Table:
-        commit_folder(run.store, f"shards/{name}", write)
         made = []
         for path in sorted(folder.glob("*.parquet")):
             with open(path, "rb") as file:

@@ -17,7 +17,7 @@ from schemas.tables import TABLES
 
 
 class Guard(Settings):
-    """``metric``: the evaluation that decides, never one that selects; ``better`` lower or higher.
+    """``metric``: the evaluation that decides, never one that selects.
     ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always goes on."""
 
     enabled: bool = True
@@ -84,7 +84,9 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
     # The planned number of rounds is no part of it: a loop that is made longer keeps the rows it has.
     spec = ["guard", settings.model_dump(mode="json")]
     complete(run, "guard", "rounds", units("rounds", {"round": run.round, "arm": run.arm}, one, 1, spec), lambda: work)
-    return verdict
+    row = run.query("SELECT * FROM rounds WHERE round = $round AND arm = $arm", round=run.round, arm=run.arm)
+    kept = row.to_pylist()[0]
+    return rule.Verdict(kept["verdict"], kept["best_round"], kept["reason"])
 
 
 def _relative(run: Run, model: str) -> str:

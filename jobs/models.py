@@ -55,8 +55,11 @@ def revision(name: str) -> str:
         return str(HfApi().model_info(place).sha)[:16]
     except HfHubHTTPError as error:
         raise WinnowError(f"model {name!r}: refused by the Hub ({error}); check name and token") from error
-    except OSError as error:
-        raise WinnowError(f"model {name!r}: the Hub cannot be reached ({error}); give a local folder") from error
+    except Exception as error:  # the client underneath has errors of its own, and has changed before
+        reason = " ".join(str(error).split())[:200]
+        raise WinnowError(
+            f"model {name!r}: no such folder, and the Hub cannot be reached ({reason}); give a local folder"
+        ) from error
 
 
 def load(name: str) -> Any:
@@ -81,4 +84,6 @@ def load(name: str) -> Any:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error
     pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it blanks pictures; what may be asked for is settled by the prompts
     return pipe.to(device)

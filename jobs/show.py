@@ -38,7 +38,8 @@ def _table(result: pa.Table) -> None:
     shown = Table(*result.column_names)
     for row in result.slice(0, 1000).to_pylist():
         shown.add_row(*(_short(value) for value in row.values()))
-    console = Console(markup=False)
+    # Off a terminal nothing is cut: other programs read it.
+    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=100_000)
     console.print(shown)
     if result.num_rows > 1000:
         console.print(f"the first 1000 of {result.num_rows} rows")

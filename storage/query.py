@@ -51,9 +51,16 @@ def _with_views(
         snapshot = latest(home)
     elif isinstance(snapshot, int):
         snapshot = load(home, snapshot)
-    for statement in views(snapshot, home):
-        connection.execute(statement)
+    try:
+        for statement in views(snapshot, home):
+            connection.execute(statement)
+    except duckdb.Error as error:
+        raise _unreadable(home, error) from error
     return connection
+
+
+def _unreadable(home: Path, error: Exception) -> WinnowError:
+    return WinnowError(f"{home}: a part cannot be read ({_one_line(error)}); 'winnow verify' names it and the cure")
 
 
 def arrow(
@@ -61,7 +68,10 @@ def arrow(
 ) -> pa.Table:
     """The result of one trusted statement as an Arrow table. Vectors come as list<float>, not float16."""
     with connect(root, snapshot) as connection:
-        return connection.sql(sql, params=params).to_arrow_table()
+        try:
+            return connection.sql(sql, params=params).to_arrow_table()
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise _unreadable(check(root), error) from error
 
 
 def user_query(

@@ -395,6 +395,10 @@ def test_a_changed_shard_is_not_trained_on(winnow: Winnow, copy: Path) -> None:
     options = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     line = winnow("train", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options).line
     assert "not as exported" in line and shard.name in line
+    # The cure that it names.
+    shutil.rmtree(shard.parent)
+    assert winnow("export", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options).status == 0
+    assert winnow("train", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options).status == 0
 
 
 def options(changes: dict[str, Any]) -> list[str]:

@@ -198,6 +198,17 @@ def test_a_missing_model_is_named(name: str) -> None:
         models.locate(name)
 
 
+def test_a_hub_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route\nto host")  # what the client raises has changed between its versions
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(WinnowError, match="models/base.*no such folder, and the Hub cannot be reached .no route to host"):
+        models.revision("models/base")
+
+
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(WinnowError, match=r"no model_index\.json"):
         models.locate(str(tmp_path))

@@ -92,7 +92,7 @@ class Handwriting:
 
 
 def handwriting(images: np.ndarray, labels: np.ndarray) -> Handwriting:
-    """Digits [N, H, W] uint8 cut to their ink's common frame and resized by area to the box."""
+    """Digits [N, H, W] uint8 cut to their ink's frame where they are MNIST's, and resized to the box."""
     import torch
 
     trim = 4 if images.shape[1] == 28 else 0  # MNIST centres a 20-pixel digit in 28 pixels
