@@ -30,8 +30,8 @@ class Generate(Settings):
     images_per_prompt: int = Field(4, ge=1)
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=0)
-    width: int | None = Field(None, ge=8)
-    height: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8, multiple_of=8)
+    height: int | None = Field(None, ge=8, multiple_of=8)
     batch: int = Field(8, ge=1)
     format: Format = "png"
     retries: int = Field(2, ge=0)

@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class Recipe(Settings):
-    """``name`` is the file's; ``arms``: by arm, the tables and keys that it has otherwise (null: like the rest)."""
+    """``name`` is the file's; ``arms``: by arm, the tables and keys that it has otherwise ({}: none)."""
 
     name: str
     model: str
@@ -52,7 +52,7 @@ class Recipe(Settings):
         """The recipe with that arm's changes applied; its ``arms`` stays, so that the file is told apart."""
         if arm not in self.arms:
             raise WinnowError(f"arm {arm!r}: not in recipe {self.name!r}; it has {', '.join(self.arms)}")
-        return _parse(_merge(self.model_dump(), self.arms[arm] or {}), f"recipe {self.name}, arm {arm}")
+        return _parse(_merge(self.model_dump(), self.arms[arm]), f"recipe {self.name}, arm {arm}")
 
 
 def names() -> list[str]:

@@ -75,6 +75,7 @@ def test_an_arm_can_be_changed_and_what_it_does_not_say_is_like_the_rest() -> No
         ("train.ema", 1.0, "less than 1"), ("weigh.quantile", 1.0, "less than 1"), ("rounds", 0, "rounds is 0"),
         ("model", None, "model is None"), ("generate.format", "gif", "'png'"), ("evaluate.images_per_prompt", 1, "2"),
         ("prompts.keep", 1, "2"), ("distance.metric", "l3", "'l2', 'mse' or 'cosine'"), ("export.rows", 0, "1"),
+        ("generate.width", 20, "multiple of 8"),
         ("evaluate.judge", "scene-jugde", "did you mean 'scene-judge'"), ("evaluate.space", "nope", "there are"),
     ],
 )  # fmt: skip
@@ -91,7 +92,7 @@ def test_infinite_settings_are_refused() -> None:
                 recipes.override(recipes.load("embedded"), sets({key: value}))
 
 
-def test_null_arms_are_like_the_rest(tmp_path: Path) -> None:
+def test_an_empty_arm_is_like_the_rest(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: embedded\nname: mine\narms: {a: {}, b: {train: {steps: 2}}}\n")
     recipe = recipes.load(str(tmp_path / "mine.yaml"))
     assert recipe.for_arm("a").train.steps == recipe.train.steps and recipe.for_arm("b").train.steps == 2
