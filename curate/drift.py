@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from curate import groups as grouped
-from curate.arrays import Float64s, Floats, matrix, tiles, vector
+from curate.arrays import Float64s, Floats, Ints, matrix, tiles, vector
 from schemas.errors import WinnowError
 
 
@@ -119,19 +120,24 @@ def diversity(features: ArrayLike, groups: ArrayLike) -> float:
 
 def bootstrap(
     statistic: Callable[..., float], *arrays: ArrayLike, n: int = 1000, rng: np.random.Generator | int,
-    paired: bool = False, level: float = 0.95,
+    paired: bool = False, strata: ArrayLike | None = None, level: float = 0.95,
 ) -> tuple[float, float]:  # fmt: skip
     """Percentile interval (low, high) of statistic(*arrays) over n resamplings of rows with replacement.
 
     paired: the same rows of every array (features and their groups, two scores of one sample); otherwise each
-    array on its own (two sets of samples). A resample holds fewer distinct rows, so what is biased in small
-    samples shifts: the interval of a Fréchet distance lies too high and may leave out the estimate. It is not
-    corrected; use its width, or compare intervals of equal N.
+    array on its own (two sets of samples). strata: paired, and each row is replaced by one of its own stratum,
+    so that every prompt keeps its share: for what is measured of a fixed set of prompts.
+
+    A resample holds fewer distinct rows, so what is biased in small samples shifts: the interval of a Fréchet
+    distance lies too high and may leave out the estimate. It is not corrected; use its width, or compare
+    intervals of equal N.
     """
     rng = np.random.default_rng(rng)
     columns: list[NDArray[Any]] = [np.asarray(array) for array in arrays]
     if not columns or any(column.ndim == 0 or not len(column) for column in columns):
         raise WinnowError("bootstrap got an empty array: give one row or more in each")
+    code = None if strata is None else grouped.codes(strata, rows=len(columns[0]))
+    paired = paired or code is not None
     if paired and len({len(column) for column in columns}) > 1:
         raise WinnowError(f"paired arrays have {[len(c) for c in columns]} rows: give as many in each")
     if n < 2 or not 0 < level < 1:
@@ -139,9 +145,11 @@ def bootstrap(
             f"bootstrap of {n} resamplings at level {level}: give 2 or more, and a level in (0, 1)"
         )
     values = np.empty(n)
+    total = len(columns[0])
+    draw = partial(rng.integers, 0, total, total) if code is None else partial(_within, code, rng)
     for i in range(n):
         if paired:
-            rows = rng.integers(0, len(columns[0]), len(columns[0]))
+            rows = draw()
             values[i] = statistic(*(column[rows] for column in columns))
         else:
             values[i] = statistic(*(column[rng.integers(0, len(column), len(column))] for column in columns))
@@ -149,11 +157,35 @@ def bootstrap(
     return float(low), float(high)
 
 
-def win_rate(a: ArrayLike, b: ArrayLike) -> Interval:
-    """Share of pairs in which a beats b, a tie counting half: scores [N], [N] -> 95 % Wilson interval."""
+def _within(code: Ints, rng: np.random.Generator) -> Ints:
+    """For each row one row of its own group, drawn at random: [N] -> [N]."""
+    order = np.argsort(code, kind="stable")
+    sizes = np.bincount(code)
+    starts = np.cumsum(sizes) - sizes
+    return order[starts[code] + (rng.random(len(code)) * sizes[code]).astype(np.int64)]
+
+
+def mean_over(values: ArrayLike, groups: ArrayLike, n: int = 1000, rng: np.random.Generator | int = 0) -> Interval:
+    """Mean of values [N] with a 95 % bootstrap interval that resamples whole groups [N].
+
+    What one prompt's images have in common is no new evidence, so prompts are drawn, not images. A single group
+    has no spread between groups: its rows are drawn instead.
+    """
+    values = vector("values", values)
+    code = grouped.codes(groups, rows=len(values))
+    if code.max() == 0:
+        code = np.arange(len(values))
+    sums, sizes = np.bincount(code, values), np.bincount(code)
+    low, high = bootstrap(lambda s, c: float(s.sum() / c.sum()), sums, sizes, n=n, rng=rng, paired=True)
+    value = float(values.mean())
+    return Interval(value, min(low, value), max(high, value))
+
+
+def wins(a: ArrayLike, b: ArrayLike) -> Float64s:
+    """1 where a beats b, 1/2 for a tie, else 0: scores [N], [N] -> [N]. The mean is the win rate."""
     a = vector("scores a", a)
     b = vector("scores b", b, rows=len(a))
-    return proportion(float(np.sum(a > b) + np.sum(a == b) / 2), len(a))
+    return (a > b) + (a == b) / 2
 
 
 def proportion(k: float, n: int) -> Interval:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from curate.drift import Interval, bootstrap, diversity, frechet, moments, win_rate
+from curate.drift import Interval, bootstrap, diversity, frechet, mean_over, moments, wins
 from jobs import samples
 from jobs.embed import embed, vectors_of
 from jobs.encoders import EncoderName
@@ -110,14 +110,11 @@ def _scored(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> dict
     a, b = _pairs(rows, samples.of(run.base(), "eval")) if where.arm != BASE else ([], [])
     found = {}
     for name in used:
-        # Images of one prompt are alike, so the interval resamples prompts, not images.
-        groups = np.unique(prompts, return_inverse=True)[1]
-        means = np.bincount(groups, mine[name]) / np.bincount(groups)
-        low, high = bootstrap(np.mean, means, n=settings.resamples, rng=run.seed("bootstrap", name) % 2**31)
+        n, seed = settings.resamples, run.seed("bootstrap", name) % 2**31
         metric = "judge_accuracy" if name == settings.judge else name
-        found[metric] = Interval(float(mine[name].mean()), low, high)
+        found[metric] = mean_over(mine[name], prompts, n, seed)
         if a:
-            found[f"win_rate:{metric}"] = win_rate(mine[name][a], theirs[name][b])
+            found[f"win_rate:{metric}"] = mean_over(wins(mine[name][a], theirs[name][b]), prompts[a], n, seed)
     return found
 
 
@@ -131,7 +128,8 @@ def _pairs(mine: pa.Table, theirs: pa.Table) -> tuple[list[int], list[int]]:
 
 
 def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
-    """Fréchet distances to D_0 and to real images, and diversity within a prompt."""
+    """Fréchet distances to D_0 and to real images, and diversity within a prompt. They describe this very set of
+    prompts (real images are matched to it), so their intervals resample the images within each prompt."""
     settings = run.recipe.evaluate
     if settings.space is None:
         return {}
@@ -145,8 +143,8 @@ def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
     found = {}
     for metric, target in targets.items():
         to_target = partial(_frechet_to, target=target)
-        found[metric] = _around(to_target(mine), bootstrap(to_target, mine, n=n, rng=seed))
-    spread = bootstrap(diversity, mine, prompts, n=n, rng=seed, paired=True)
+        found[metric] = _around(to_target(mine), bootstrap(to_target, mine, n=n, rng=seed, strata=prompts))
+    spread = bootstrap(diversity, mine, prompts, n=n, rng=seed, strata=prompts)
     found["diversity"] = _around(diversity(mine, prompts), spread)
     return found
 

@@ -18,9 +18,10 @@ from curate.drift import (
     frechet,
     frechet_distance,
     kid,
+    mean_over,
     moments,
     proportion,
-    win_rate,
+    wins,
 )  # fmt: skip
 from schemas.errors import WinnowError
 
@@ -121,10 +122,42 @@ def test_bootstrap_pairs_rows_where_told() -> None:
         bootstrap(np.mean, [], rng=0)
 
 
-def test_win_rate_counts_ties_half() -> None:
-    assert win_rate([2, 2, 1, 0], [1, 1, 1, 1]).value == pytest.approx(2.5 / 4)
+def test_strata_keep_their_shares() -> None:
+    groups = np.repeat([7, 3, 5], [4, 9, 1])
+    x = groups * 10.0 + np.arange(14) / 100
+    seen: list[tuple[float, ...]] = []
+
+    def shares(values: np.ndarray) -> float:
+        seen.append(tuple(np.bincount((values // 10).astype(int), minlength=8)[[7, 3, 5]]))
+        return float(values.mean())
+
+    low, high = bootstrap(shares, x, n=50, rng=0, strata=groups)
+    assert set(seen) == {(4, 9, 1)}
+    assert low < x.mean() < high
+    with pytest.raises(WinnowError, match="groups has 13 rows"):
+        bootstrap(shares, x, n=5, rng=0, strata=groups[1:])
+
+
+def test_mean_over_draws_groups() -> None:
+    """Rows that repeat within a group add no certainty: the interval is that of the groups' means."""
+    rng = np.random.default_rng(1)
+    hits, widths = 0, []
+    for _ in range(200):
+        effects = rng.normal(size=20)
+        value, low, high = mean_over(np.repeat(effects, 50), np.repeat(np.arange(20), 50), n=200, rng=rng)
+        assert low <= value <= high and value == pytest.approx(effects.mean())
+        hits += low <= 0 <= high
+        widths.append(high - low)
+    assert 0.85 <= hits / 200 <= 0.99
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(20), rel=0.12)
+    one = mean_over([0.0, 1.0, 1.0, 0.0], [5, 5, 5, 5])
+    assert one.low < 0.5 < one.high
+
+
+def test_wins_counts_ties_half() -> None:
+    assert wins([2, 2, 1, 0], [1, 1, 1, 1]).tolist() == [1, 1, 0.5, 0]
     with pytest.raises(WinnowError, match="scores b has 1 rows"):
-        win_rate([1, 2], [1])
+        wins([1, 2], [1])
 
 
 @settings(deadline=None)
