@@ -202,8 +202,8 @@ def evaluate(
     from jobs.evaluate import evaluate as stage
 
     run = open_run(recipe, store, arm, round, set, shard, of)
-    stage(run.at(0))
-    stage(run)
+    if not (stage(run.at(0)) and stage(run)):
+        return
     for row in run.query(
         "SELECT metric, value, ci_low, ci_high FROM evaluations WHERE arm = $arm AND round = $round ORDER BY metric",
         arm=arm, round=run.round,

@@ -25,15 +25,17 @@ class Embed(Settings):
     batch: int = Field(64, ge=1)
 
 
-def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = None) -> None:
-    """Embed the samples of one split with the recipe's encoders, or those given."""
+def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = None) -> bool:
+    """Embed the samples of one split with the recipe's encoders, or those given; True when all is there."""
     settings = run.recipe.embed
+    done = True
     for name in settings.encoders if encoders is None else encoders:
         loaded = encoder(name)
         rows = samples.of(run, split)
         folders = {"round": run.round, "arm": run.arm, "split": split, "encoder": name}
         work = units("embeddings", folders, rows, settings.batch, ["embed", name, loaded.revision])
-        complete(run, f"embed {name}", "embeddings", work, partial(_work, run, name, loaded))
+        done &= complete(run, f"embed {name}", "embeddings", work, partial(_work, run, name, loaded))
+    return done
 
 
 def _work(run: Run, name: str, loaded: Encoder) -> Work:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from curate.drift import Interval, bootstrap, diversity, frechet, mean_over, moments, wins
-from jobs import samples
+from jobs import models, samples
 from jobs.embed import embed, vectors_of
 from jobs.encoders import EncoderName
 from jobs.generate import generate
@@ -51,10 +51,17 @@ class Reference(Settings):
     images_per_prompt: int = Field(1, ge=1)
 
 
+def real_path(name: str) -> Path:
+    path = WEIGHTS / "real.parquet" if name == "embedded" else Path(name).expanduser()
+    if not path.is_file():
+        raise WinnowError(f"evaluate.real {name!r}: no such file; give 'embedded' or a Parquet file of 'vector'")
+    return path
+
+
 def real_moments(name: str, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D, D] of real images' features: those of ``prompts`` where the file names prompts, so
     that what the prompts ask for is not mistaken for a distance."""
-    path = WEIGHTS / "real.parquet" if name == "embedded" else Path(name).expanduser()
+    path = real_path(name)
     try:
         table = pq.read_table(path)
         if "prompt" in table.column_names:
@@ -69,23 +76,29 @@ def real_moments(name: str, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]
     return mean, cov
 
 
-def evaluate(run: Run) -> None:
-    """Generate, embed and score the held-out prompts with this round's model, and measure."""
+def evaluate(run: Run) -> bool:
+    """Generate, embed and score the held-out prompts with this round's model, and measure. Returns whether all is
+    measured, not left to other shards."""
     settings = run.recipe.evaluate
     where = run.base() if run.round == 0 else run
     model = trained_model(run)
-    generate(where, "eval", model)
-    if settings.space:
-        embed(where, "eval", (settings.space,))
-        embed(run.base(), "reference", (settings.space,))
     used = dict.fromkeys([*run.recipe.score.scorers, *settings.scorers, *([settings.judge] if settings.judge else [])])
-    score(where, "eval", tuple(used))
+    # Each step needs all of the one before: where other shards still work at it, this one has nothing more to do.
+    if not generate(where, "eval", model):
+        return False
+    if settings.space and not (
+        embed(where, "eval", (settings.space,)) and embed(run.base(), "reference", (settings.space,))
+    ):
+        return False
+    if not score(where, "eval", tuple(used)):
+        return False
     rows = samples.of(where, "eval")
     one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
     d0 = ids(samples.of(run.base(), "reference")).tolist() if settings.space else []
-    spec = ["evaluate", settings.model_dump(mode="json"), list(used), ids(rows).tolist(), d0]
+    real = models.digest(real_path(settings.real)) if settings.real else None
+    spec = ["evaluate", settings.model_dump(mode="json"), real, list(used), ids(rows).tolist(), d0]
     work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
-    complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))
+    return complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))
 
 
 def _work(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> Work:

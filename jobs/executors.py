@@ -20,7 +20,8 @@ def local(
     if not units:
         return
     work = start()
-    with bar(label, sum(unit.rows.num_rows for unit in units)) as advance:
+    # Of a single unit there is nothing to count until it is done.
+    with bar(label, sum(unit.rows.num_rows for unit in units) if len(units) > 1 else None) as advance:
         for unit in units:
             keep(unit, work(unit.rows))
             advance(unit.rows.num_rows)

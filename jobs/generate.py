@@ -95,9 +95,9 @@ def sound(pipe: Any, rows: list[dict[str, Any]], settings: Generate) -> list[dic
     )
 
 
-def generate(run: Run, split: Split = "train", model: str | None = None) -> None:
+def generate(run: Run, split: Split = "train", model: str | None = None) -> bool:
     """Make the samples of one split: a round's candidates, D_0 (the base's reference samples), or the held-out
-    prompts' images of ``model``."""
+    prompts' images of ``model``. Returns whether all of them are there, not left to other shards."""
     settings = run.recipe.generate
     if split == "reference":
         run, prompts, per_prompt = run.base(), run.recipe.reference.prompts, run.recipe.reference.images_per_prompt
@@ -113,7 +113,7 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> None
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)
-    complete(run, f"generate {split}", "samples", work, lambda: _sampler(run, split, model, revision, settings))
+    return complete(run, f"generate {split}", "samples", work, lambda: _sampler(run, split, model, revision, settings))
 
 
 def _sampler(run: Run, split: Split, model: str, revision: str, settings: Generate) -> Work:

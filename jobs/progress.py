@@ -15,6 +15,7 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -32,10 +33,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(label: str, total: int) -> Iterator[Advance]:
-    """A bar from 0 to ``total`` on standard error; silent when that is not a terminal."""
+def bar(label: str, total: int | None) -> Iterator[Advance]:
+    """A bar from 0 to ``total`` (null: one that only moves) on standard error; silent when that is not a terminal."""
     console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    words = TextColumn("{task.description:<34}")
+    columns = (words, BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(label, total=total)
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from curate.prompts import curate
+from jobs.progress import say
 from jobs.run import Run
 from jobs.stage import complete, units
 from schemas.errors import WinnowError
@@ -22,7 +23,6 @@ from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.layout import create
-from storage.snapshot import latest
 
 
 class Prompts(Settings):
@@ -162,21 +162,23 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
     return pa.Table.from_pylist(list(made.values()), schema=TABLES["prompts"].schema)
 
 
-def prompts(run: Run) -> None:
-    """Curate the recipe's source once a store."""
+def prompts(run: Run, keep: bool = False) -> None:
+    """Curate the recipe's source once a store. With ``keep``, prompts that the store has stay as they are."""
     create(run.store)
     settings = run.recipe.prompts
+    if keep:
+        held = run.query("SELECT min(source) AS source, count(*) AS n FROM prompts WHERE kept").to_pylist()[0]
+        if held["n"]:
+            if held["source"] != Path(settings.source).name:
+                say(f"prompts: the {held['n']} that the store has, from {held['source']}, not {settings.source}")
+            return
     seed = run.seed("prompts")
-    content = digest(sorted(read(settings.source, settings.column)))
+    content = [digest(sorted(read(settings.source, settings.column)))]
+    if settings.benchmark:
+        content.append(digest(sorted(read(settings.benchmark, "Prompt"))))
     one = pa.table({"sample_id": pa.array([seed])})
     spec = ["prompts", settings.model_dump(mode="json"), content, run.recipe.seed]
     work = units("prompts", {}, one, 1, spec)
-    others = {part.path for part in latest(run.store).parts if part.table == "prompts"} - {work[0].path}
-    if others:
-        raise WinnowError(
-            f"{run.store}: the store holds prompts made from another source or with other settings "
-            f"({min(others)}); take another STORE, or the recipe that it was begun with"
-        )
     complete(run, "prompts", "prompts", work, lambda: lambda _: rows(settings, seed))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from jobs.distance import Distance
 from jobs.embed import Embed
@@ -17,7 +17,7 @@ from jobs.generate import Generate
 from jobs.guard import Guard
 from jobs.prompts import Prompts
 from jobs.score import Score
-from jobs.select import Select
+from jobs.select import Select, selecting
 from jobs.train import Train
 from jobs.weigh import Weigh
 from schemas.errors import WinnowError
@@ -47,6 +47,45 @@ class Recipe(Settings):
     evaluate: Evaluate = Evaluate()
     guard: Guard = Guard()
     arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}}, min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        """What one table needs of another, said before the work and not after it."""
+        spaces, scorers = self.embed.encoders, self.score.scorers
+        for key, space in (("distance.space", self.distance.space), ("select.space", self.select.space)):
+            if space is not None and space not in spaces:
+                have = ", ".join(spaces) or "nothing"
+                raise WinnowError(f"{key} is {space!r}, which embed.encoders does not make; it has {have}")
+        for key, names in (("select.scorers", self.select.scorers or ()), ("select.floors", self.select.floors)):
+            for name in names:
+                if name not in scorers:
+                    have = ", ".join(scorers) or "nothing"
+                    raise WinnowError(f"{key} names {name!r}, which score.scorers does not make; it has {have}")
+        return self
+
+    def check_round(self) -> None:
+        """What a whole round needs beyond its single stages, said before the work: distances for the weights, and a
+        guard that judges by what is measured and does not select, since a loop that is judged by the score that it
+        pushes up sees no end of progress."""
+        if self.weigh.by == "distance" and self.distance.space is None:
+            raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
+        if not self.guard.enabled:
+            return
+        if not self.evaluate.space:
+            raise WinnowError("guard needs the diversity in evaluate.space; set it, or guard.enabled to false")
+        metric, measured = self.guard.metric, self.evaluate
+        metrics = ["fd_d0", "diversity", *(["fd_real"] if measured.real else [])]
+        scored = [name for name in dict.fromkeys([*self.score.scorers, *measured.scorers]) if name != measured.judge]
+        scored += ["judge_accuracy"] if measured.judge else []
+        metrics += [*scored, *(f"win_rate:{name}" for name in scored)]
+        selects = {*(selecting(self) if self.select.policy != "random" else ()), *self.select.floors}
+        metrics = [name for name in metrics if name.removeprefix("win_rate:") not in selects]
+        if metric not in metrics:
+            why = "selects" if metric.removeprefix("win_rate:") in selects else "is not measured"
+            raise WinnowError(
+                f"guard.metric is {metric!r}, which {why}; choose among {', '.join(metrics)}, or set guard.enabled "
+                "to false"
+            )
 
     def for_arm(self, arm: str) -> Recipe:
         """The recipe with that arm's changes applied; its ``arms`` stays, so that the file is told apart."""

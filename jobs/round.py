@@ -37,7 +37,8 @@ from jobs.weigh import weigh
 
 def prepare(run: Run) -> None:
     """What all rounds share: the prompts, D_0 in the space of the distances, and the base's own evaluation."""
-    prompts(run)
+    run.recipe.check_round()
+    prompts(run, keep=True)
     generate(run, "reference")
     base = run.base()
     embed(base, "reference")

@@ -25,15 +25,17 @@ class Score(Settings):
     batch: int = Field(64, ge=1)
 
 
-def score(run: Run, split: str = "train", scorers: tuple[str, ...] | None = None) -> None:
-    """Score the samples of one split with the recipe's scorers, or those given."""
+def score(run: Run, split: str = "train", scorers: tuple[str, ...] | None = None) -> bool:
+    """Score the samples of one split with the recipe's scorers, or those given; True when all is there."""
     settings = run.recipe.score
+    done = True
     for name in settings.scorers if scorers is None else scorers:
         loaded = scorer(name)
         rows = samples.of(run, split)
         folders = {"round": run.round, "arm": run.arm, "split": split, "scorer": name}
         work = units("scores", folders, rows, settings.batch, ["score", name, loaded.revision])
-        complete(run, f"score {name}", "scores", work, partial(_work, run, name, loaded))
+        done &= complete(run, f"score {name}", "scores", work, partial(_work, run, name, loaded))
+    return done
 
 
 def _work(run: Run, name: str, loaded: Scorer) -> Work:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curate import select as choose
 from curate.fuse import FUSIONS
@@ -37,6 +37,18 @@ class Select(Settings):
     floors: dict[str, float] = Field(default_factory=dict)
     dedup: float | None = Field(None, gt=-1, le=1)
     space: str | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Select:
+        low, high = self.band
+        if not 0 <= low < high <= 1:
+            raise WinnowError(f"select.band is [{low}, {high}]; give 0 <= low < high <= 1")
+        if self.budget is None and self.policy in ("top_k", "diverse"):
+            raise WinnowError(f"select.policy {self.policy!r} needs select.budget; give the number of samples to keep")
+        if self.space is None and (self.policy == "diverse" or self.dedup is not None):
+            what = "policy 'diverse'" if self.policy == "diverse" else "dedup"
+            raise WinnowError(f"select.{what} needs a space; set select.space to an encoder of embed.encoders")
+        return self
 
 
 def select(run: Run) -> None:
@@ -97,8 +109,7 @@ def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) ->
     if settings.floors:
         before = choose.floors({name: scores[name] for name in settings.floors}, settings.floors)
     if settings.dedup is not None:
-        if features is None:
-            raise WinnowError("select.dedup needs a space; set select.space to an encoder of embed.encoders")
+        assert features is not None
         left = before.kept
         before = choose.narrow(before, choose.dedup(features[left], settings.dedup, fused[left], numbers[left]))
     left = before.kept

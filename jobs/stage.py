@@ -11,6 +11,7 @@ import pyarrow as pa
 from jobs.executors import local
 from jobs.progress import say
 from jobs.run import Run, ids
+from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.tables import TABLES, fingerprint
 from storage.commit import Part, commit, find
@@ -40,6 +41,17 @@ def units(table: str, folders: Mapping[str, Any], rows: pa.Table, size: int, spe
     return cut
 
 
+def _refuse_second(run: Run, sealed: Mapping[str, Part], work_units: Sequence[Unit]) -> None:
+    """A stage of a round is made once: a second set beside the first would be read with it."""
+    folders = {unit.path.rpartition("/")[0] for unit in work_units}
+    others = {path for path in sealed if path.rpartition("/")[0] in folders} - {unit.path for unit in work_units}
+    if others:
+        raise WinnowError(
+            f"{run.store}: {min(others)} is sealed already, made with other settings, models or inputs; go on with the "
+            "recipe that it was begun with, or take another STORE= or --arm"
+        )
+
+
 def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start: Callable[[], Work]) -> bool:
     """Do this shard's missing units and seal the stage once every unit of every shard is committed.
 
@@ -47,6 +59,7 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     the stage is sealed.
     """
     sealed = latest(run.store).by_path()
+    _refuse_second(run, sealed, work_units)
     parts: dict[str, Part] = {}
     for unit in work_units:
         part = find(run.store, unit.path, sealed)

@@ -23,6 +23,7 @@ from jobs.images import array, decode
 from jobs.latents import encode
 from jobs.progress import bar
 from schemas.errors import WinnowError
+from storage.durable import storage_errors
 
 if TYPE_CHECKING:
     from jobs.train import Train
@@ -171,11 +172,14 @@ def _keep(progress: Path, step: int, unet: nn.Module, average: list[Tensor], opt
     progress.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "unet": unet.state_dict(), "average": average, "optimiser": optimiser.state_dict()}
     draft = progress.with_suffix(f".{os.getpid()}")
-    with open(draft, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, progress)
+    try:
+        with storage_errors(progress.parent, progress.name), open(draft, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, progress)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _resume(progress: Path, unet: nn.Module, average: list[Tensor], optimiser: torch.optim.Optimizer) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curate import weigh as law
 from jobs.distance import distances_of
@@ -27,6 +27,12 @@ class Weigh(Settings):
     quantile: float = Field(0.9, ge=0, lt=1)
     sigma2: float | None = Field(None, gt=0)
     tail: float = Field(0.99, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _together(self) -> Weigh:
+        if self.tail <= self.quantile:
+            raise WinnowError(f"weigh.tail is {self.tail}; give more than weigh.quantile, {self.quantile}")
+        return self
 
 
 def kept(run: Run) -> pa.Table:

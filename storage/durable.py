@@ -5,6 +5,7 @@ No library that Winnow writes with calls fsync, and a rename before the data is 
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -74,14 +75,27 @@ def storage_errors(root: Path, path: Path | str, full_only: bool = False) -> Ite
     """Turn an OSError (with `full_only`: of a full disk) into one line: path, space left, cure."""
     try:
         yield
-    except OSError as error:
-        if full_only and error.errno not in _FULL:
+    except Exception as error:
+        full = _is_full(error)
+        if not full and (full_only or not isinstance(error, OSError)):
             raise
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         cure = "check that the folder exists, may be written, and that its file system has hard links"
-        if error.errno in _FULL:
+        if full:
             cure = "free space (or raise the file-size limit or quota) and run again"
         raise WinnowError(f"{path}: {reason}{_left(root)}; {cure}; everything committed is safe") from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether the disk is full. Writers in other languages say it in words only (safetensors), or say nothing and
+    have the OSError as what they were raised from (torch)."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if number in _FULL or (found and int(found[1]) in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _left(root: Path) -> str:

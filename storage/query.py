@@ -13,7 +13,7 @@ import pyarrow as pa
 from schemas.errors import WinnowError
 from storage.layout import check
 from storage.snapshot import Snapshot, latest, load
-from storage.views import literal, no_glob, views
+from storage.views import MISSING, literal, no_glob, views
 
 RESULT_BYTES = 2 * 2**30  # the most that a user's query may return; DuckDB's memory limit does not count it
 
@@ -52,14 +52,24 @@ def _with_views(
     elif isinstance(snapshot, int):
         snapshot = load(home, snapshot)
     try:
-        for statement in views(snapshot, home):
-            connection.execute(statement)
-    except duckdb.Error as error:
-        raise _unreadable(home, error) from error
+        _create(connection, views(snapshot, home))
+    except duckdb.Error:
+        absent = {part.path for part in snapshot.parts if not (home / part.path).exists()}
+        try:
+            _create(connection, views(snapshot, home, absent))
+        except duckdb.Error as error:
+            raise _unreadable(home, error) from error
     return connection
 
 
+def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
+    for statement in statements:
+        connection.execute(statement)
+
+
 def _unreadable(home: Path, error: Exception) -> WinnowError:
+    if MISSING in str(error):
+        return WinnowError(_one_line(error).partition("Error: ")[2])
     return WinnowError(f"{home}: a part cannot be read ({_one_line(error)}); 'winnow verify' names it and the cure")
 
 
@@ -108,6 +118,8 @@ def user_query(
             OSError,
         ) as error:  # while rows stream, Arrow reports DuckDB's errors as OSError
             reason = _one_line(error)
+            if MISSING in reason:
+                raise _unreadable(home, error) from error
             if "INTERRUPT" in reason:
                 reason = f"not done after {seconds:g} s; narrow it with WHERE, or raise the limit"
             elif reason.startswith("Out of Memory"):

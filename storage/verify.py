@@ -1,13 +1,18 @@
 """Verify: is everything that was sealed still there, bit by bit?"""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
+
 from schemas.errors import WinnowError
 from storage.commit import Part, find
 from storage.layout import check
+from storage.query import connect
 from storage.snapshot import load, numbers
+from storage.views import of_another_layout
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Report:
 
 
 def verify(root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Read every part of every snapshot and compare it with what was sealed.
+    """Read every part of every snapshot, and the shards that the newest lists, and compare them with what was sealed.
 
     `progress(done, total)` is called after each part. Reads the whole store: about the disk's speed.
     """
@@ -51,12 +56,15 @@ def verify(root: str | Path, progress: Callable[[int, int], None] = lambda done,
                 "away and run its stage again"
             )
         progress(done, len(sealed))
+    problems += _shards(home)
     total = sum(part.bytes for part, _ in sealed.values())
     return Report(tuple(problems), tuple(_notes(home, {path for path, _ in sealed})), len(sealed), total)
 
 
 def _wrong(root: Path, sealed: Part) -> str:
     """What is wrong with a part, or nothing."""
+    if of_another_layout(sealed):
+        return "has other columns than this Winnow's table"
     try:
         part = find(root, sealed.path)
     except WinnowError as error:
@@ -68,6 +76,26 @@ def _wrong(root: Path, sealed: Part) -> str:
         if came != should:
             return f"{what} is {came}, should be {should}"
     return ""
+
+
+def _shards(root: Path) -> list[str]:
+    """Training shards that are not as their sealed manifest lists them."""
+    try:
+        with connect(root) as connection:
+            listed = connection.execute("SELECT path, sha256 FROM shards ORDER BY path").fetchall()
+    except (WinnowError, duckdb.Error):  # a part that cannot be read was named already
+        return []
+    problems = []
+    for path, sha256 in listed:
+        cure = "remove its folder and run 'winnow export' again"
+        if not (root / path).exists():
+            problems.append(f"{path}: missing; {cure}")
+            continue
+        with open(root / path, "rb") as file:
+            came = hashlib.file_digest(file, "sha256").hexdigest()
+        if came != sha256:
+            problems.append(f"{path}: sha256 is {came}, should be {sha256}; {cure}")
+    return problems
 
 
 def _notes(root: Path, sealed: set[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,13 @@ import duckdb
 import pyarrow as pa
 
 from schemas.errors import WinnowError
-from schemas.tables import IMAGE, TABLES
+from schemas.tables import IMAGE, TABLES, fingerprint
 
 if TYPE_CHECKING:
+    from storage.commit import Part
     from storage.snapshot import Snapshot
+
+MISSING = "sealed, but missing; restore it from a copy, or run its stage again"
 
 _SQL_TYPES = {
     pa.int64(): "BIGINT", pa.int32(): "INTEGER", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN",
@@ -45,34 +48,52 @@ def scan(root: Path, paths: Iterable[str], filename: bool = False) -> str:
     return f"read_parquet([{files}], hive_partitioning = false, filename = {str(filename).lower()})"
 
 
-def views(snapshot: Snapshot, root: str | Path) -> list[str]:
-    """CREATE VIEW statements for every table (empty and typed where it has no parts) and for `curated`."""
+def of_another_layout(part: Part) -> bool:
+    """Whether a part was written with other columns than this Winnow's table has."""
+    return part.table not in TABLES or part.fingerprint.split("-")[0] != fingerprint(TABLES[part.table].schema)
+
+
+def views(snapshot: Snapshot, root: str | Path, absent: Collection[str] = ()) -> list[str]:
+    """CREATE OR REPLACE VIEW statements for every table (empty and typed where it has no parts) and for `curated`.
+
+    A table with one of the `absent` parts gets a view that refuses to be read: the others can be, so that the
+    stage that made the part can make it again. Only `weights` leaves it out: its rows are then not weighed.
+    """
     home = Path(root).resolve()
     paths: dict[str, list[str]] = {name: [] for name in TABLES}
-    first: dict[str, tuple[str, str]] = {}
     for part in snapshot.parts:
-        columns = part.fingerprint.split("-")[0]
-        path, expected = first.setdefault(part.table, (part.path, columns))
-        if columns != expected:
+        if of_another_layout(part):
             raise WinnowError(
-                f"{part.table}: {path} and {part.path} have different columns; "
-                "read an older snapshot, or write one of them again with this Winnow"
+                f"{part.path}: has other columns than this Winnow's table {part.table!r}; read the store with the "
+                "Winnow that wrote it, or take another STORE="
             )
         paths[part.table].append(part.path)
-    scorers = _scorers(home, tuple(paths["scores"]))
-    bodies = {name: _table(name, home, paths[name]) for name in TABLES}
+    paths["weights"] = [path for path in paths["weights"] if path not in absent]
+    lost = {name: path for name in TABLES for path in reversed(paths[name]) if path in absent}
+    scorers = () if "scores" in lost else _scorers(home, tuple(paths["scores"]))
+    bodies = {name: _refusing(name, lost[name]) if name in lost else _table(name, home, paths[name]) for name in TABLES}
     bodies["selections"] = _weighted(bodies["selections"], bodies["weights"])
     bodies["curated"] = _curated(scorers)
-    return [f"CREATE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
+    return [f"CREATE OR REPLACE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
+
+
+def _columns(name: str, value: str) -> str:
+    """Every column of a table, typed, with one value."""
+    fields = TABLES[name].schema
+    return ", ".join(f"{value}::{_SQL_TYPES[field.type]} AS {identifier(field.name)}" for field in fields)
+
+
+def _refusing(name: str, path: str) -> str:
+    # In each column as well: a constant NULL would let "WHERE sample_id = 3" be answered without reading.
+    error = f"error({literal(f'{path}: {MISSING}')})"
+    return f"SELECT {_columns(name, error)} FROM (SELECT {error} AS refused) WHERE refused IS NULL"
 
 
 def _table(name: str, root: Path, paths: list[str]) -> str:
     if paths:
         columns = ", ".join(identifier(column) for column in TABLES[name].schema.names)
         return f"SELECT {columns} FROM {scan(root, paths)}"
-    fields = TABLES[name].schema
-    columns = ", ".join(f"NULL::{_SQL_TYPES[field.type]} AS {identifier(field.name)}" for field in fields)
-    return f"SELECT {columns} WHERE false"
+    return f"SELECT {_columns(name, 'NULL')} WHERE false"
 
 
 def _weighted(selections: str, weights: str) -> str:

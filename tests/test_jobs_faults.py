@@ -21,6 +21,8 @@ from conftest import ForkServer, World, files, rows, sets
 from storage.snapshot import latest
 from storage.verify import verify
 
+Winnow = Callable[..., Any]
+
 #: One round of both arms, smaller still.
 SMALL = {
     "threads": 1,
@@ -171,9 +173,79 @@ def test_a_shard_of_the_work_waits_for_the_others(tmp_path: Path, capsys: pytest
     ]
 
 
+def test_shards_of_an_evaluation_wait_for_each_other(tmp_path: Path) -> None:
+    """Each process does what it can of every step; the one that comes when all is there measures."""
+    from dataclasses import replace
+
+    from jobs import recipe as recipes
+    from jobs.evaluate import evaluate
+    from jobs.generate import generate
+    from jobs.prompts import prompts
+    from jobs.run import Run
+    from storage.layout import create
+
+    recipe = recipes.override(recipes.load("embedded-fast"), sets(SMALL | {"score.batch": 4}))
+    run = Run(create(tmp_path / "store"), recipe.for_arm("curated"), 0)
+    prompts(run)
+    generate(run, "reference")
+    first, second = replace(run, shard=0, n_shards=2), replace(run, shard=1, n_shards=2)
+    turns = [(who, evaluate(who)) for _ in range(4) for who in (second, first)]
+    done = [whole for _, whole in turns]
+    assert done == sorted(done) and not done[0] and done[-1]
+    assert rows(run.store, "SELECT count(*) AS n FROM evaluations WHERE metric = 'judge_accuracy'") == [{"n": 1}]
+
+
+@pytest.mark.parametrize(
+    ("verb", "change"),
+    [
+        ("generate", {"generate.steps": 3}),
+        ("select", {"select.keep": 2}),
+        ("weigh", {"weigh.quantile": 0.5}),
+        ("evaluate", {"evaluate.resamples": 6}),
+        ("loop", {"generate.guidance": 2.0}),
+    ],
+)
+def test_a_second_set_beside_the_first_is_refused(
+    winnow: Winnow, copy: Path, verb: str, change: dict[str, Any]
+) -> None:
+    before = files(copy / "tables")
+    which = () if verb == "loop" else ("--round", 1)
+    line = winnow(verb, "--recipe", "embedded-fast", "--store", copy, *which, *options(change)).line
+    assert "made with other settings" in line and "tables/" in line and "STORE=" in line
+    assert files(copy / "tables") == before and verify(copy).ok
+
+
+def test_a_lost_part_is_made_again_by_its_stage(winnow: Winnow, copy: Path) -> None:
+    """The cure that verify names, for every stage of a round."""
+    where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({}))
+    verbs = {"samples": "generate", "embeddings": "embed", "scores": "score", "distances": "distance",
+             "selections": "select", "weights": "weigh"}  # fmt: skip
+    for table, verb in verbs.items():
+        part = sorted((copy / "tables" / table / "round-1").rglob("*.parquet"))[0]
+        part = next(p for p in sorted((copy / "tables" / table / "round-1").rglob("*.parquet")) if "eval" not in str(p))
+        kept = part.read_bytes()
+        part.unlink()
+        said = winnow("verify", "--store", copy)
+        assert said.status == 2 and "run its stage again" in said.out
+        assert winnow(verb, *where, *(("--arm", "naive") if "naive" in str(part) else ())).status == 0, (table, part)
+        assert part.read_bytes() == kept and verify(copy).ok
+
+
+def test_a_loop_takes_the_prompts_that_the_store_has(winnow: Winnow, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    mine = tmp_path / "mine.txt"
+    inks, digits = ("red", "white", "pink"), ("one", "two", "six")
+    mine.write_text("\n".join(f"a {ink} {digit} on a blue background" for ink in inks for digit in digits))
+    where = ("--recipe", "embedded-fast", "--store", store, *options({"generate.prompts": None}))
+    assert winnow("prompts", *where, "--source", mine).status == 0
+    said = winnow("loop", *where)
+    assert said.status == 0 and "from mine.txt, not embedded" in said.err, said.err
+    texts = {row["prompt"] for row in rows(store, "SELECT DISTINCT prompt FROM samples")}
+    assert texts == set(mine.read_text().splitlines())
+
+
 # Bad input: one line that names the thing and the cure, exit status 2.
 
-Winnow = Callable[..., Any]
 GOOD = "model: embedded\nprompts: {source: embedded, least_specificity: 0, least_clarity: 0, near: null}\nthreads: 1\n"
 
 
@@ -354,7 +426,7 @@ def test_a_second_source_for_one_store_is_refused(winnow: Winnow, tmp_path: Path
     (tmp_path / "p.txt").write_text("a red fox in the deep snow\ntwo green birds on a wire\n")
     assert winnow("prompts", "--store", tmp_path / "store").status == 0
     line = winnow("prompts", "--store", tmp_path / "store", "--source", tmp_path / "p.txt").line
-    assert "another source" in line and "STORE" in line
+    assert "made with other settings, models or inputs" in line and "STORE" in line
 
 
 def test_a_store_of_another_format_is_refused(winnow: Winnow, tmp_path: Path) -> None:
@@ -458,7 +530,7 @@ def test_a_users_broken_model_loses_nothing(
     winnow: Winnow, copy: Path, broken: None, verb: str, key: str, name: str, said: list[str]
 ) -> None:
     before = files(copy / "tables")
-    where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({key: [name]}))
+    where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({key: ["scene-clip", name]}))
     line = winnow(verb, *where).line
     assert all(word in line for word in said), line
     assert files(copy / "tables") == before and verify(copy).ok
@@ -485,6 +557,31 @@ def limited(store: str) -> None:
     main()
 
 
+def limited_training(store: str) -> None:
+    """The training of a finished store's round anew, on a disk with room for 100 kB."""
+    from jobs.cli import main
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    sys.argv = ["winnow", "train", "--recipe", "embedded-fast", "--store", store, "--round", "1"]
+    sys.argv += options(json.loads((Path(store) / "change").read_text()))
+    main()
+
+
+@pytest.mark.parametrize("checkpoint", [1, 0])
+def test_a_disk_full_of_models_loses_nothing(forks: ForkServer, copy: Path, winnow: Winnow, checkpoint: int) -> None:
+    """Where the trainer keeps its state, and where it saves its model."""
+    (copy / "change").write_text(json.dumps({"train.checkpoint": checkpoint}))
+    before = files(copy / "models")
+    forks.start("test_jobs_faults:limited_training", str(copy), log=copy / "log")
+    forks.wait()
+    said = (copy / "log").read_text()
+    line = said.splitlines()[0]
+    assert line.startswith("winnow: ") and "free space" in line and "everything committed is safe" in line, said
+    assert files(copy / "models") == before and not list((copy / "staging").iterdir())
+    assert not list((copy / "checkpoints").glob("*"))
+
+
 def test_a_full_disk_loses_nothing(forks: ForkServer, tmp_path: Path, winnow: Winnow) -> None:
     store = tmp_path / "store"
     assert winnow("prompts", "--recipe", "embedded-fast", "--store", store, *options({})).status == 0
@@ -505,8 +602,10 @@ def test_weights_need_distances(winnow: Winnow, copy: Path) -> None:
     assert "distance.space" in line and "nothing" in line
 
 
-def test_floors_that_leave_nothing_are_named(winnow: Winnow, copy: Path) -> None:
-    where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1)
+def test_floors_that_leave_nothing_are_named(winnow: Winnow, tmp_path: Path) -> None:
+    where = ("--recipe", "embedded-fast", "--store", tmp_path / "store")
+    for verb in ("prompts", "generate", "score"):
+        assert winnow(verb, *where, *options({})).status == 0
     line = winnow("select", *where, *options({"select.floors": {"scene-clip": 5.0}})).line
     assert "floors" in line and "lower them" in line
 

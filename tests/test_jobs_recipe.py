@@ -85,6 +85,51 @@ def test_impossible_values_are_refused_with_the_key(key: str, value: object, sai
     assert said in str(caught.value) and "recipe embedded" in str(caught.value), caught.value
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"distance.space": "scene-judge"}, "distance.space is 'scene-judge', which embed.encoders does not make"),
+        ({"select.space": "vae:embedded"}, "select.space is 'vae:embedded', which embed.encoders does not make"),
+        ({"select.scorers": ["scene-reader"]}, "select.scorers names 'scene-reader', which score.scorers does not"),
+        ({"select.floors": {"scene-clop": 1}}, "select.floors names 'scene-clop'"),
+        ({"select.policy": "top_k"}, "'top_k' needs select.budget"),
+        ({"select.policy": "diverse", "select.budget": 9}, "'diverse' needs a space"),
+        ({"select.dedup": 0.9}, "select.dedup needs a space"),
+        ({"select.band": [0.5, 0.5]}, "select.band is [0.5, 0.5]"),
+        ({"weigh.quantile": 0.99}, "weigh.tail is 0.99; give more than weigh.quantile"),
+    ],
+)
+def test_tables_that_do_not_fit_together_are_refused_at_once(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(WinnowError) as caught:
+        recipes.override(recipes.load("embedded"), sets(changes))
+    assert said in str(caught.value) and "recipe embedded" in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"guard.metric": "scene-clip"}, "guard.metric is 'scene-clip', which selects; choose among fd_d0, diversity,"),
+        ({"guard.metric": "win_rate:scene-clip"}, "which selects"),
+        ({"guard.metric": "fd_reel"}, "which is not measured"),
+        ({"evaluate.real": None}, "guard.metric is 'fd_real', which is not measured"),
+        ({"evaluate.space": None}, "guard needs the diversity in evaluate.space"),
+        ({"distance.space": None}, "weigh.by 'distance' needs distances"),
+        ({"guard.metric": "judge_accuracy"}, ""),
+        ({"guard.metric": "win_rate:scene-reader"}, ""),
+        ({"guard.metric": "scene-clip", "guard.enabled": False}, ""),
+        ({"guard.metric": "scene-clip", "select.policy": "random"}, ""),
+    ],
+)
+def test_a_round_needs_a_guard_that_does_not_select(changes: dict[str, object], said: str) -> None:
+    recipe = recipes.override(recipes.load("embedded"), sets(changes))
+    if not said:
+        recipe.check_round()
+        return
+    with pytest.raises(WinnowError) as caught:
+        recipe.check_round()
+    assert said in str(caught.value)
+
+
 def test_infinite_settings_are_refused() -> None:
     for key in ("train.lr", "generate.guidance", "weigh.beta", "train.clip"):
         for value in (float("inf"), float("nan")):

@@ -1,16 +1,19 @@
 """What may happen to a store: kill -9, races, flipped bits. Real processes, no mocks."""
 
+import hashlib
 import random
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from schemas.errors import WinnowError
 from schemas.tables import TABLES
 from storage.commit import commit
 from storage.layout import create
@@ -188,3 +191,33 @@ def test_verify_notes_and_snapshots(tmp_path: Path) -> None:
         "missing",
         "damaged",
     ]
+
+
+def test_verify_names_parts_of_another_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = create(tmp_path / "s")
+    path = one_part(root, "old", [1])
+    scores = TABLES["scores"]
+    newer = replace(scores, schema=scores.schema.append(pa.field("device", pa.string())))
+    monkeypatch.setitem(TABLES, "scores", newer)
+    assert re.match(rf"{path}: has other columns than this Winnow's table", verify(root).problems[0])
+    with pytest.raises(WinnowError, match=f"{path}: has other columns .* another STORE="):
+        arrow(root, "SELECT 1")
+
+
+def test_verify_hashes_the_shards(tmp_path: Path) -> None:
+    root = create(tmp_path / "s")
+    shards = {"shards/a/1.parquet": b"one", "shards/a/2.parquet": b"two", "shards/a/3.parquet": b"three"}
+    (root / "shards/a").mkdir()
+    rows = []
+    for path, data in shards.items():
+        (root / path).write_bytes(data)
+        sha = hashlib.sha256(data).hexdigest()
+        rows.append({"selection": "a", "round": 1, "path": path, "rows": 1, "bytes": len(data), "sha256": sha})
+    manifest = pa.Table.from_pylist(rows, schema=TABLES["shards"].schema)
+    seal(root, "export", [commit(root, "shards", "tables/shards/u-1.parquet", manifest)], {})
+    assert verify(root).ok
+    (root / "shards/a/2.parquet").write_bytes(b"tvo")
+    (root / "shards/a/3.parquet").unlink()
+    two, three = verify(root).problems
+    assert two.startswith("shards/a/2.parquet: sha256 is") and "winnow export" in two
+    assert three.startswith("shards/a/3.parquet: missing;") and "winnow export" in three

@@ -1,5 +1,6 @@
 """Views, and users' SQL: reads the store, reaches nothing else, writes nothing."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_vectors_of_two_lengths(root: Path) -> None:
 
 def test_parts_with_different_columns_are_refused(root: Path) -> None:
     odd = Part("scores", "tables/scores/odd.parquet", 1, 1, "00", "feed")
-    with pytest.raises(WinnowError, match="scores: .* have different columns"):
+    with pytest.raises(WinnowError, match="odd.parquet: has other columns than this Winnow's table 'scores'"):
         views(Snapshot(1, "", (*latest(root).parts, odd)), root)
 
 
@@ -236,3 +237,28 @@ def test_time_and_memory_are_capped(root: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_root_behind_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     assert user_query(tmp_path / "link", "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
+
+
+@pytest.fixture
+def copy(root: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(root, tmp_path / "copy"))
+
+
+def test_a_missing_part_is_refused_by_its_table_alone(copy: Path) -> None:
+    lost = next(part for part in latest(copy).parts if part.table == "samples")
+    (copy / lost.path).unlink()
+    assert arrow(copy, "SELECT count(*) AS n FROM scores")["n"][0].as_py() > 0
+    for sql in ("SELECT count(*) FROM samples", "SELECT * FROM samples WHERE sample_id = 1", "SELECT * FROM curated"):
+        for ask in (arrow, user_query):
+            with pytest.raises(WinnowError, match=f"^(sql: )?{lost.path}: sealed, but missing; restore it"):
+                ask(copy, sql)
+
+
+def test_rows_of_a_missing_weights_part_are_not_weighed(copy: Path) -> None:
+    before = arrow(copy, "SELECT weight FROM selections WHERE kept")["weight"]
+    assert not before.null_count
+    for part in latest(copy).parts:
+        if part.table == "weights":
+            (copy / part.path).unlink()
+    after = arrow(copy, "SELECT weight FROM selections WHERE kept")["weight"]
+    assert after.null_count == len(after) == len(before)

@@ -1,6 +1,7 @@
 """The embedded world: captions and scenes are one thing, and the judge measures what it says."""
 
 import json
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,37 @@ def test_other_handwriting_is_refused(tmp_path: Path, arrays: dict[str, Any] | N
         np.savez(path, **arrays)
     with pytest.raises(WinnowError, match=r"digits\.npz: .*; give"):
         build.digits(str(path))
+
+
+def test_broken_handwriting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "digits.npz"
+    images = np.random.default_rng(0).integers(0, 256, (2000, 8, 8), np.uint8)
+    np.savez_compressed(path, images=images, labels=np.arange(2000) % 10)
+    build.digits(str(path))
+    data = bytearray(path.read_bytes())
+    flipped = bytes([*data[:60_000], data[60_000] ^ 255, *data[60_001:]])
+    for broken in (flipped, data[: len(data) // 2], b"", b"PK\x03\x04"):
+        path.write_bytes(broken)
+        with pytest.raises(WinnowError, match=r"digits\.npz: .*; give"):
+            build.digits(str(path))
+    np.savez(path, images=np.zeros((2000, 8, 8), np.uint8), labels=np.arange(2000) % 9)
+    with pytest.raises(WinnowError, match="labels 0 to 9"):
+        build.digits(str(path))
+
+
+def test_a_part_that_stops_half_way_leaves_the_old_one(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "weights"))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "train_generator", stopped)
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    with pytest.raises(KeyboardInterrupt):
+        build.build(None, 1, folder, ("generator",), scale=0.001)
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +65,12 @@ def digits(data: str | None) -> tuple[np.ndarray, np.ndarray, str]:
         with np.load(path) as held:
             names = ("images", "labels") if "images" in held else ("x_train", "y_train")
             images, labels = held[names[0]], held[names[1]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise WinnowError(f"{data}: no handwriting there ({error}); give an .npz with 'images' and 'labels'") from error
     if images.ndim != 3 or len(images) != len(labels) or len(images) < 1000:
         raise WinnowError(f"{data}: images {images.shape}, labels {labels.shape}; give [N, H, W] and [N], N ≥ 1000")
+    if images.dtype.kind not in "iu" or labels.dtype.kind not in "iu" or set(np.unique(labels)) != set(range(10)):
+        raise WinnowError(f"{data}: holds {images.dtype} and {labels.dtype}; give uint8 images, and labels 0 to 9, all")
     return images.astype(np.uint8), labels, path.name
 
 
@@ -89,13 +96,19 @@ def build(
     card = json.loads(card_file.read_text()) if card_file.exists() else {"parts": {}}
     card |= {"handwriting": source, "digits": len(images), "seed": seed, "slices": SLICES}
     makers: dict[str, Callable[..., dict[str, Any]]] = {
-        "generator": _generator, "clip": _clip, "reader": _reader, "judge": _judge, "real": _real,
+        "generator": _generator, "clip": _clip, "reader": _reader, "judge": _judge,
+        "real": partial(_real, judge_file=to / "judge.safetensors"),
     }  # fmt: skip
     for part in only:
         wall, cpu = time.perf_counter(), time.process_time()
         torch.manual_seed(seed)
         rng = np.random.default_rng([seed, 1 + PARTS.index(part)])
-        figures = makers[part](hand, {k: max(2, round(v * scale)) for k, v in STEPS.items()}, rng, to)
+        with tempfile.TemporaryDirectory(dir=to, prefix=".draft-") as draft:
+            figures = makers[part](hand, {k: max(2, round(v * scale)) for k, v in STEPS.items()}, rng, Path(draft))
+            for made in Path(draft).iterdir():  # a part that was stopped half-way leaves the old one as it was
+                if (to / made.name).is_dir():
+                    shutil.rmtree(to / made.name)
+                made.replace(to / made.name)
         card["parts"][part] = figures | {
             "seconds": round(time.perf_counter() - wall), "cpu_seconds": round(time.process_time() - cpu),
             "cores": os.cpu_count(),
@@ -173,9 +186,9 @@ def _judge(hand: Slices, steps: Steps, rng: np.random.Generator, to: Path) -> Fi
     }
 
 
-def _real(hand: Slices, _: Steps, rng: np.random.Generator, to: Path) -> Figures:
+def _real(hand: Slices, _: Steps, rng: np.random.Generator, to: Path, judge_file: Path) -> Figures:
     """What real scenes of the demo's captions measure: the ceiling of every figure, and the target of ``fd_real``."""
-    model = restore(DigitReader(), to / "judge.safetensors")
+    model = restore(DigitReader(), judge_file)
     prompts = [text for text in all_captions() for _ in range(REAL)]
     scenes = [parse(text) for text in prompts]
     right, features = judge(model, render(scenes, hand["test"], rng), scenes)
