@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jobs import devices
 from schemas.errors import WinnowError
 
 #: Names for ``model:`` in a recipe; anything else is a folder or a Hub id such as "org/name".
@@ -64,7 +65,6 @@ def revision(name: str) -> str:
 
 def load(name: str) -> Any:
     """The pipeline on the best device at hand, silent, in float32 on a CPU and bfloat16 on a GPU."""
-    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import deprecation_utils, logging
     from safetensors import SafetensorError
@@ -74,16 +74,14 @@ def load(name: str) -> Any:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     place = locate(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # Newer diffusers warn about the old name of the argument, older ones do not know the new one.
     word = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(place, **{word: dtype})
+        pipe = DiffusionPipeline.from_pretrained(place, **{word: devices.dtype()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blanks pictures; what may be asked for is settled by the prompts
-    return pipe.to(device)
+    return pipe.to(devices.device())

@@ -1,7 +1,8 @@
-"""``make study``: does the demo's effect hold over seeds and more rounds? Figures and one plot into results/."""
+"""``make study``: does the demo's effect hold over seeds and more rounds? Figures and plots into results/."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -13,14 +14,16 @@ import numpy as np
 
 from jobs import recipe as recipes
 from jobs.demo import play_arms
+from jobs.plots import Line, curve
 from jobs.progress import say
+from jobs.summary import name_of, real_figures
 from storage.query import arrow
 
 METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
 
 
 def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[list[str], Any]]) -> Path:
-    """Play every arm ``rounds`` rounds for each seed, and write ``out``/study.json and study.md.
+    """Play every arm ``rounds`` rounds for each seed, and write ``out``/study.json, study.md and a plot a metric.
 
     The guard judges but does not end a loop before its last round, so that what comes after the best round is
     seen, too. Returns the path of study.md.
@@ -41,6 +44,8 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "study.md").write_text(page(found))
+    for metric in METRICS:
+        (out / f"study-{metric}.svg").write_bytes(picture(table, metric))
     return out / "study.md"
 
 
@@ -61,6 +66,18 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def picture(table: list[dict[str, Any]], metric: str) -> bytes:
+    """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds."""
+    lines = []
+    for arm in sorted({row["arm"] for row in table}):
+        rows = [row for row in table if row["arm"] == arm and row["metric"] == metric]
+        values, halves = [row["mean"] for row in rows], [row["se"] or 0.0 for row in rows]
+        lines.append(Line(arm, [row["round"] for row in rows], values, halves))
+    ceiling = real_figures(recipes.load("embedded")).get(metric)
+    uri = curve(name_of(metric), "mean over the seeds ± standard error", lines, ceiling)
+    return base64.b64decode(uri.partition(",")[2])
+
+
 def page(found: dict[str, Any]) -> str:
     """The study as Markdown: one table an arm, then how each loop ended."""
     rows = {(r["arm"], r["round"], r["metric"]): r for r in found["table"]}
@@ -72,6 +89,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Made by `make study`: {found['seeds']} seeds, {found['rounds']} rounds, on {found['machine']}. "
         "Mean over the seeds ± standard error.",
+        "",
+        " ".join(f"![{name_of(metric)}](study-{metric}.svg)" for metric in METRICS),
     ]
     for arm in arms:
         lines += ["", f"## Arm {arm}", "", "| round | " + " | ".join(metrics) + " |", "|" + "---|" * (len(metrics) + 1)]

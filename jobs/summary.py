@@ -23,7 +23,7 @@ from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
 from schemas.errors import WinnowError
 from storage.layout import check, clean
-from storage.query import connect
+from storage.query import connect, unreadable
 from storage.snapshot import Snapshot, latest, load, numbers
 
 HEADLINES = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
@@ -55,7 +55,10 @@ def opened(store: Path) -> Iterator[Source]:
     home = check(store)
     snapshot = latest(home)
     with connect(home, snapshot) as connection:
-        yield Source(home, snapshot, connection)
+        try:
+            yield Source(home, snapshot, connection)
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            raise unreadable(home, error) from error
 
 
 def recipe_of(source: Source, arm: str) -> Recipe | None:
@@ -102,7 +105,7 @@ def summarise(source: Source) -> dict[str, Any]:
         "images": sum(row["images"] for row in made),
         "seconds": sum(row["seconds"] for row in closed),
         "base": base,
-        "real": _real(first),
+        "real": real_figures(first),
         "arms": arms,
     }
     summary["effects"] = list(_effects(summary))
@@ -165,7 +168,7 @@ def _best(source: Source, recipe: Recipe, arm: str, newest: int) -> int | None:
         return None
 
 
-def _real(recipe: Recipe | None) -> dict[str, float]:
+def real_figures(recipe: Recipe | None) -> dict[str, float]:
     """What real scenes of the embedded world measure with the same judge."""
     card = WEIGHTS / "card.json"
     if recipe is None or recipe.model != "embedded" or not card.is_file():

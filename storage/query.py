@@ -58,7 +58,7 @@ def _with_views(
         try:
             _create(connection, views(snapshot, home, absent))
         except duckdb.Error as error:
-            raise _unreadable(home, error) from error
+            raise unreadable(home, error) from error
     return connection
 
 
@@ -67,7 +67,8 @@ def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> Non
         connection.execute(statement)
 
 
-def _unreadable(home: Path, error: Exception) -> WinnowError:
+def unreadable(home: Path, error: Exception) -> WinnowError:
+    """What to say of a DuckDB error over trusted SQL: the part that is missing, or that one cannot be read."""
     if MISSING in str(error):
         return WinnowError(_one_line(error).partition("Error: ")[2])
     return WinnowError(f"{home}: a part cannot be read ({_one_line(error)}); 'winnow verify' names it and the cure")
@@ -81,7 +82,7 @@ def arrow(
         try:
             return connection.sql(sql, params=params).to_arrow_table()
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise _unreadable(check(root), error) from error
+            raise unreadable(check(root), error) from error
 
 
 def user_query(
@@ -119,7 +120,7 @@ def user_query(
         ) as error:  # while rows stream, Arrow reports DuckDB's errors as OSError
             reason = _one_line(error)
             if MISSING in reason:
-                raise _unreadable(home, error) from error
+                raise unreadable(home, error) from error
             if "INTERRUPT" in reason:
                 reason = f"not done after {seconds:g} s; narrow it with WHERE, or raise the limit"
             elif reason.startswith("Out of Memory"):

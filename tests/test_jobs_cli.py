@@ -13,7 +13,7 @@ from typing import Any
 import pandas
 import pyarrow.parquet as pq
 import pytest
-from conftest import World, files
+from conftest import TINY, World, files
 
 from jobs.cli import app
 
@@ -174,3 +174,39 @@ def test_an_interrupt_says_how_to_go_on(winnow: Winnow, tmp_path: Path, monkeypa
     monkeypatch.setattr(jobs.prompts, "prompts", lambda run: os.kill(os.getpid(), signal.SIGINT))
     said = winnow("prompts", "--store", tmp_path / "store")
     assert said.status == 130 and "run the same command again" in said.err and "Traceback" not in said.err
+
+
+def test_demo_ends_with_the_path_of_its_report(tmp_path: Path, winnow: Winnow) -> None:
+    """The very command, in the fast recipe cut down further."""
+    said = winnow("demo", "--fast", "--store", tmp_path / "demo", "--rounds", 1, *settings({}))
+    assert said.status == 0, said.err
+    report = Path(said.out.splitlines()[-1])
+    assert report == tmp_path / "demo" / "report.html" and report.is_file()
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert set(summary["arms"]) == {"curated", "naive"}
+    for arm in summary["arms"].values():
+        assert [row["round"] for row in arm["rounds"]] == [0, 1]
+        for row in arm["rounds"]:
+            assert {"judge_accuracy", "fd_real", "fd_d0", "diversity", "scene-clip"} <= set(row["metrics"])
+
+
+def test_study_writes_its_figures(tmp_path: Path, winnow: Winnow) -> None:
+    small = {"generate.images_per_prompt": 2, "select.keep": 1, "train.lr_warmup": 1}
+    where = ("study", "--store", tmp_path / "study", "--out", tmp_path / "out", "--seeds", 2, "--rounds", 1)
+    arms = {"arms.naive.generate.images_per_prompt": 2, "reference.images_per_prompt": 2}
+    said = winnow(*where, *settings(small | arms))
+    assert said.status == 0, said.err
+    page = (tmp_path / "out" / "study.md").read_text()
+    assert "2 seeds, 1 rounds" in page and "## Arm naive" in page
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    for row in found["table"]:
+        assert len(row["values"]) == 2 and row["mean"] == pytest.approx(sum(row["values"]) / 2)
+        assert row["se"] == pytest.approx(abs(row["values"][0] - row["values"][1]) / 2, abs=1e-12)
+    pictures = [line for line in page.split("(") if ".svg)" in line]
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert (tmp_path / "out" / picture.partition(")")[0]).read_text().startswith("<svg")
+
+
+def settings(changes: dict[str, Any]) -> list[str]:
+    return [word for key, value in (TINY | changes).items() for word in ("--set", f"{key}={json.dumps(value)}")]

@@ -568,7 +568,7 @@ def limited_training(store: str) -> None:
     main()
 
 
-@pytest.mark.parametrize("checkpoint", [1, 0])
+@pytest.mark.parametrize("checkpoint", [2, 0])
 def test_a_disk_full_of_models_loses_nothing(forks: ForkServer, copy: Path, winnow: Winnow, checkpoint: int) -> None:
     """Where the trainer keeps its state, and where it saves its model."""
     (copy / "change").write_text(json.dumps({"train.checkpoint": checkpoint}))

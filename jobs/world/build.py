@@ -62,10 +62,10 @@ def digits(data: str | None) -> tuple[np.ndarray, np.ndarray, str]:
         return (found.images * 255 / 16).round().astype(np.uint8), found.target, "scikit-learn digits"
     path = Path(data).expanduser()
     try:
-        with np.load(path) as held:
+        with open(path, "rb") as file, np.load(file) as held:
             names = ("images", "labels") if "images" in held else ("x_train", "y_train")
             images, labels = held[names[0]], held[names[1]]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise WinnowError(f"{data}: no handwriting there ({error}); give an .npz with 'images' and 'labels'") from error
     if images.ndim != 3 or len(images) != len(labels) or len(images) < 1000:
         raise WinnowError(f"{data}: images {images.shape}, labels {labels.shape}; give [N, H, W] and [N], N ≥ 1000")

@@ -1,0 +1,26 @@
+"""Where models run, and in which precision."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@lru_cache
+def device() -> str:
+    """The best device at hand: "cuda", "mps" or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def dtype() -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32."""
+    import torch
+
+    return torch.bfloat16 if device() == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
