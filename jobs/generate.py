@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from jobs import models
 from jobs.images import Format, encode, fault
+from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import BASE, Run
 from jobs.stage import Work, complete, units
@@ -23,8 +25,9 @@ Split = Literal["reference", "train", "eval"]
 
 class Generate(Settings):
     """``prompts`` a round (null: all of them), images per prompt and how to sample. Sizes null: the model's own.
-    ``batch``: images sampled together, which is part of what makes them. ``retries``: fresh seeds for an image
-    that shows nothing."""
+    ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
+    GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
+    an image that shows nothing."""
 
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=1)
@@ -34,6 +37,8 @@ class Generate(Settings):
     height: int | None = Field(None, ge=8, multiple_of=8)
     batch: int = Field(8, ge=1)
     format: Format = "png"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compile: bool = False
     retries: int = Field(2, ge=0)
 
 
@@ -53,27 +58,79 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
     return pa.Table.from_pylist(rows)
 
 
-def sample(pipe: Any, texts: list[str], seeds: list[int], settings: Generate) -> np.ndarray:
-    """Float images [N, H, W, 3] in [0, 1]; image i depends on seed i alone, but for rounding."""
+class Sampler:
+    """Images from texts and seeds. Each text is encoded once, however many images it gets."""
+
+    def __init__(self, pipe: Any, settings: Generate) -> None:
+        from jobs.families import Conditions
+
+        self.pipe, self.settings = pipe, settings
+        self.conditions = Conditions(pipe)
+        self.fits: int | None = None  # how many images the memory has proved too small for, halved
+
+    def __call__(self, texts: list[str], seeds: list[int]) -> np.ndarray:
+        """Float images [N, H, W, 3] in [0, 1]; image i depends on text and seed i alone, but for rounding."""
+        import torch
+
+        size = min(self.fits or len(texts), len(texts))
+        try:
+            parts = [self._sample(texts[i : i + size], seeds[i : i + size]) for i in range(0, len(texts), size)]
+            return np.concatenate(parts)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise WinnowError(
+                    f"generate: one image does not fit into the memory ({str(error).splitlines()[0][:120]}); lower "
+                    "generate.width and height, or take a smaller model or generate.dtype"
+                ) from error
+            self.fits = -(-size // 2)
+        # Outside the handler, whose traceback holds on to the tensors.
+        torch.cuda.empty_cache()
+        say(f"generate: {size} images at once do not fit into the memory; going on with {self.fits}")
+        return self(texts, seeds)
+
+    def _sample(self, texts: list[str], seeds: list[int]) -> np.ndarray:
+        import torch
+
+        settings = self.settings
+        told = self.conditions(list(texts))
+        if self.conditions.family.guided and settings.guidance > 1:
+            nothing = self.conditions([None] * len(texts))
+            told |= {f"negative_{key}": value for key, value in nothing.items()}
+        device = self.pipe._execution_device
+        return self.pipe(
+            **{key: value.to(device) for key, value in told.items()},
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="np",
+        ).images
+
+
+def sampler(model: str, settings: Generate) -> Sampler:
+    """The sampler of a model, in the precision and layout that the settings ask for."""
     import torch
 
-    return pipe(
-        texts,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        width=settings.width,
-        height=settings.height,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="np",
-    ).images
+    from jobs.families import family
+
+    pipe = models.load(model, getattr(torch, settings.dtype) if settings.dtype else None)
+    network = family(pipe).model(pipe)
+    if pipe.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if settings.compile:
+        network.compile()
+    return Sampler(pipe, settings)
 
 
-def sound(pipe: Any, rows: list[dict[str, Any]], settings: Generate) -> list[dict[str, Any]]:
+def sound(draw: Sampler, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sample the rows; those that show nothing again with their next seeds, and in the end refuse."""
+    settings = draw.settings
     made = [dict(row, attempt=0) for row in rows]
     todo = list(range(len(rows)))
     for attempt in range(settings.retries + 1):
-        images = sample(pipe, [made[i]["prompt"] for i in todo], [made[i]["seed"] for i in todo], settings)
+        images = draw([made[i]["prompt"] for i in todo], [made[i]["seed"] for i in todo])
         faults = {}
         for i, image in zip(todo, images, strict=True):
             why = fault(image)
@@ -117,12 +174,12 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
 
 
 def _sampler(run: Run, split: Split, model: str, revision: str, settings: Generate) -> Work:
-    pipe = models.load(model)
+    draw = sampler(model, settings)
     name = f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
 
-    def work(rows: pa.Table) -> pa.Table:
+    def files(made: list[dict[str, Any]]) -> pa.Table:
         done = []
-        for row in sound(pipe, rows.to_pylist(), settings):
+        for row in made:
             pixels = row.pop("pixels")
             file = {"bytes": encode(pixels, settings.format), "path": f"{row['sample_id']}.{settings.format}"}
             height, width = pixels.shape[:2]
@@ -130,4 +187,4 @@ def _sampler(run: Run, split: Split, model: str, revision: str, settings: Genera
                                "width": width, "height": height, "image": file})  # fmt: skip
         return pa.Table.from_pylist(done, schema=TABLES["samples"].schema)
 
-    return work
+    return lambda rows: partial(files, sound(draw, rows.to_pylist()))

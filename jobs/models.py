@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import devices
 from schemas.errors import WinnowError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Names for ``model:`` in a recipe; anything else is a folder or a Hub id such as "org/name".
 MODELS = {"embedded": Path(__file__).parent / "world" / "weights" / "pipeline"}
 
 
 def locate(name: str) -> Path | str:
-    """The folder of a model, or its Hub id; WinnowError where a folder is named that is no pipeline."""
+    """The folder of a model, or its Hub id; WinnowError where a folder is named that is neither a pipeline nor a
+    LoRA that Winnow trained."""
     path = MODELS.get(name, Path(name).expanduser())
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() or (path / "base.json").is_file():
         return path
     if path.exists():
         raise WinnowError(f"model {name}: the folder has no model_index.json; give a diffusers pipeline folder")
@@ -63,8 +68,46 @@ def revision(name: str) -> str:
         ) from error
 
 
-def load(name: str) -> Any:
-    """The pipeline on the best device at hand, silent, in float32 on a CPU and bfloat16 on a GPU."""
+def layers(name: str) -> tuple[str, Path | None]:
+    """A model as its pipeline and the folder of the LoRA on it, if there is one; WinnowError where that belongs to
+    another revision of the pipeline than there is now."""
+    place = locate(name)
+    if not isinstance(place, Path) or not (place / "base.json").is_file():
+        return name, None
+    from jobs.lora import base_of
+
+    base = base_of(place)
+    now = revision(base.model)
+    if now != base.revision:
+        raise WinnowError(
+            f"model {name}: its LoRA was trained on revision {base.revision} of {base.model}, there is {now}; "
+            "restore that revision"
+        )
+    return base.model, place
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline on the best device at hand, silent, its LoRA on it; ``dtype``: by default the device's own."""
+    base, adapter = layers(name)
+    pipe = _pipeline(base, dtype)
+    if adapter:
+        from jobs import lora
+
+        lora.load(pipe, adapter)
+    return pipe
+
+
+def _left_out(place: Path | str) -> dict[str, None]:
+    """Optional parts that a saved pipeline goes without: diffusers wants to be told so again for SD3's T5."""
+    if not isinstance(place, Path):
+        return {}
+    index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        return {}
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.get(name) or [None])[0]}
+
+
+def _pipeline(name: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import deprecation_utils, logging
     from safetensors import SafetensorError
@@ -77,7 +120,7 @@ def load(name: str) -> Any:
     # Newer diffusers warn about the old name of the argument, older ones do not know the new one.
     word = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(place, **{word: devices.dtype()})
+        pipe = DiffusionPipeline.from_pretrained(place, **{word: dtype or devices.dtype()}, **_left_out(place))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error

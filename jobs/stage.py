@@ -18,8 +18,10 @@ from storage.commit import Part, commit, find
 from storage.layout import part_path
 from storage.snapshot import latest, seal
 
+#: The rows that a stage adds, or what gives them and needs no model any more.
+Made = pa.Table | Callable[[], pa.Table]
 #: From rows to the rows that the stage adds.
-Work = Callable[[pa.Table], pa.Table]
+Work = Callable[[pa.Table], Made]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +24,18 @@ if TYPE_CHECKING:
 
 
 class Train(Settings):
-    """``lr`` rises over ``lr_warmup`` steps, and decays to ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the
-    last weights; ``checkpoint``: steps between two resumable states, 0 for none. ``prompt_dropout`` keeps
-    classifier-free guidance alive."""
+    """``method`` lora trains layers of ``rank`` on the attention (alpha is the rank), full every weight of the
+    denoiser. ``batch`` rows make a step; ``micro_batch`` of them are on the device at once (null: all), and
+    ``checkpointing`` trades time for memory. ``lr`` rises over ``lr_warmup`` steps, and decays to ``lr`` ×
+    ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``: steps between two resumable states,
+    0 for none. ``prompt_dropout`` keeps classifier-free guidance alive."""
 
+    method: Literal["full", "lora"] = "full"
+    rank: int = Field(16, ge=1)
     steps: int = Field(750, ge=1)
     batch: int = Field(12, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    checkpointing: bool = False
     lr: float = Field(1e-6, gt=0)
     lr_floor: float = Field(1.0, ge=0, le=1)
     lr_warmup: int = Field(0, ge=0)
@@ -76,11 +83,24 @@ def train(run: Run) -> None:
     name = _name(run)
     if (run.store / name).exists():
         return
+    import torch
+
+    from jobs import lora
     from jobs.trainer import fine_tune
 
     progress = run.store / "checkpoints" / f"{Path(name).name}.pt"
-    pipe = models.load(run.start_model())
-    label = f"train {run.arm} round {run.round}"
-    fine_tune(pipe, examples(run), run.recipe.train, run.seed("train", run.round), progress, label)
-    commit_folder(run.store, name, pipe.save_pretrained)
+    settings, seed = run.recipe.train, run.seed("train", run.round)
+    base, adapter = models.layers(run.start_model())
+    if settings.method == "full":
+        # In float32 whatever it samples in: the small steps of training are lost in bfloat16.
+        pipe = models.load(run.start_model(), torch.float32)
+        save = pipe.save_pretrained
+        if adapter:
+            raise WinnowError(f"train.method 'full' cannot go on from the LoRA {adapter}; set train.method to 'lora'")
+    else:
+        pipe = models.load(base)
+        lora.attach(pipe, settings.rank, run.seed("lora"), adapter)
+        save = partial(lora.save, pipe, base=lora.Base(base, models.revision(base), settings.rank))
+    fine_tune(pipe, examples(run), settings, seed, progress, f"train {run.arm} round {run.round}")
+    commit_folder(run.store, name, save)
     progress.unlink(missing_ok=True)

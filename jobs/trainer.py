@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs import devices
+from jobs.families import Conditions, family
 from jobs.images import array, decode
 from jobs.latents import encode
 from jobs.progress import bar
@@ -85,18 +87,6 @@ def lr_factor(step: int, steps: int, floor: float, warmup: int = 0) -> float:
     return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def text_contexts(pipe: Any, texts: list[str], batch: int = 64) -> dict[str, Tensor]:
-    """Text embeddings by text [T, D], each text once; the empty text is among them."""
-    distinct = sorted({*texts, ""})
-    contexts = {}
-    with torch.no_grad():
-        for start in range(0, len(distinct), batch):
-            some = distinct[start : start + batch]
-            made = pipe.encode_prompt(some, pipe.device, 1, do_classifier_free_guidance=False)[0]
-            contexts.update(zip(some, made.float().cpu(), strict=True))
-    return contexts
-
-
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The sample order of one epoch."""
@@ -114,63 +104,78 @@ def batch_rows(seed: int, step: int, batch: int, n: int) -> np.ndarray:
 def fine_tune(
     pipe: Any, rows: list[Example], settings: Train, seed: int, progress: Path, label: str = "train"
 ) -> None:
-    """Fine-tune ``pipe.unet`` in place on latents of ``rows``; state is kept in the file ``progress``.
+    """Fine-tune in place what of the pipeline's denoiser wants gradients, on latents of ``rows``; state is kept in the
+    file ``progress``.
 
     Raises WinnowError where a weight is negative or not finite, all are zero, or the loss is not finite.
     """
-    if not hasattr(pipe, "unet"):
-        raise WinnowError(f"model: a {type(pipe).__name__} has no U-Net; this trainer fine-tunes U-Net pipelines")
     weights = torch.tensor([row.weight for row in rows])
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool((weights > 0).any()):
         raise WinnowError("train: weights must be finite, at least 0 and not all 0; weigh and export again")
-    kind = objective(pipe.scheduler)
-    device = pipe.device
-    contexts = text_contexts(pipe, [row.text for row in rows])
+    made_by, kind = family(pipe), objective(pipe.scheduler)
+    texts = [row.text for row in rows]
+    conditions = Conditions(pipe)
+    conditions([*sorted(set(texts)), None])
     images = array([decode(row.file, f"sample {row.sample_id}") for row in rows])
     latents = encode(pipe.vae.float(), images)
-    unet = pipe.unet.float().train()
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+    model = made_by.model(pipe).train()
+    if settings.checkpointing:
+        model.enable_gradient_checkpointing()
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    first = _resume(progress, unet, average, optimiser)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=devices.dtype() == torch.bfloat16)
+
+    def loss_of(some: np.ndarray, noise: Tensor, draw: Tensor, dropped: Tensor) -> Tensor:
+        told = conditions([None if gone else texts[i] for i, gone in zip(some, dropped, strict=True)])
+        told = {key: value.to(device) for key, value in told.items()}
+        noisy, t, target = noised(kind, pipe.scheduler, latents[some].to(device), noise.to(device), draw.to(device))
+        with mixed:
+            prediction = made_by.predict(pipe, noisy, t, told)
+        return weighted_loss(prediction, target, weights[some].to(device))
+
+    parts = math.ceil(settings.batch / (settings.micro_batch or settings.batch))
+    first = _resume(progress, parameters, average, optimiser)
     with bar(label, settings.steps) as advance:
         advance(first)
         for step in range(first, settings.steps):
             some = batch_rows(seed, step, settings.batch, len(rows))
             random = torch.Generator().manual_seed((seed + step) % 2**63)
-            x = latents[some].to(device)
-            noise = torch.randn(x.shape, generator=random).to(device)
-            draw = torch.randn(len(some), generator=random).to(device)
+            noise = torch.randn((len(some), *latents.shape[1:]), generator=random)
+            draw = torch.randn(len(some), generator=random)
             dropped = torch.rand(len(some), generator=random) < settings.prompt_dropout
-            texts = ["" if d else rows[i].text for i, d in zip(some, dropped, strict=True)]
-            context = torch.stack([contexts[text] for text in texts]).to(device)
-            noisy, t, target = noised(kind, pipe.scheduler, x, noise, draw)
-            loss = weighted_loss(unet(noisy, t, context).sample, target, weights[some].to(device))
-            if not bool(torch.isfinite(loss)):
-                first_few = ", ".join(str(rows[i].sample_id) for i in some[:5])
-                raise WinnowError(
-                    f"train: the loss is {loss.item()} at step {step} (samples {first_few}, …); lower train.lr"
-                )
             for group in optimiser.param_groups:
                 group["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
             optimiser.zero_grad()
-            loss.backward()
+            total = 0.0
+            for part in np.array_split(np.arange(len(some)), parts):
+                # Its share of the batch's mean, so that the gradients add up to the same step.
+                loss = loss_of(some[part], noise[part], draw[part], dropped[part]) * (len(part) / len(some))
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                first_few = ", ".join(str(rows[i].sample_id) for i in some[:5])
+                raise WinnowError(f"train: the loss is {total} at step {step} (samples {first_few}, …); lower train.lr")
             nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimiser.step()
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
             advance()
             if settings.checkpoint and (step + 1) % settings.checkpoint == 0 and step + 1 < settings.steps:
-                _keep(progress, step + 1, unet, average, optimiser)
+                _keep(progress, step + 1, parameters, average, optimiser)
     with torch.no_grad():
         for p, a in zip(parameters, average, strict=True):
             p.copy_(a)
-    unet.eval()
+    model.eval()
 
 
-def _keep(progress: Path, step: int, unet: nn.Module, average: list[Tensor], optimiser: torch.optim.Optimizer) -> None:
+def _keep(
+    progress: Path, step: int, parameters: list[nn.Parameter], average: list[Tensor], optimiser: torch.optim.Optimizer
+) -> None:
     progress.parent.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "unet": unet.state_dict(), "average": average, "optimiser": optimiser.state_dict()}
+    weights = [p.detach() for p in parameters]
+    state = {"step": step, "parameters": weights, "average": average, "optimiser": optimiser.state_dict()}
     draft = progress.with_suffix(f".{os.getpid()}")
     try:
         with storage_errors(progress.parent, progress.name), open(draft, "wb") as file:
@@ -182,13 +187,15 @@ def _keep(progress: Path, step: int, unet: nn.Module, average: list[Tensor], opt
         draft.unlink(missing_ok=True)
 
 
-def _resume(progress: Path, unet: nn.Module, average: list[Tensor], optimiser: torch.optim.Optimizer) -> int:
+def _resume(
+    progress: Path, parameters: list[nn.Parameter], average: list[Tensor], optimiser: torch.optim.Optimizer
+) -> int:
     """The step to go on from, 0 where nothing was kept."""
     if not progress.exists():
         return 0
     state = torch.load(progress, weights_only=True)
-    unet.load_state_dict(state["unet"])
     optimiser.load_state_dict(state["optimiser"])
-    for mine, kept in zip(average, state["average"], strict=True):
-        mine.copy_(kept)
+    with torch.no_grad():
+        for mine, kept in zip([*parameters, *average], [*state["parameters"], *state["average"]], strict=True):
+            mine.copy_(kept)
     return int(state["step"])

@@ -12,7 +12,7 @@ from conftest import World, build_stable_diffusion
 from PIL import Image
 
 from jobs import models
-from jobs.generate import Generate, sample, sound
+from jobs.generate import Generate, Sampler, sound
 from jobs.images import FLAT, decode, encode, fault, images_of
 from jobs.run import Run
 from schemas.errors import WinnowError
@@ -45,19 +45,19 @@ def pipe(kind: str, stable_diffusion: Path) -> Any:
 
 def test_an_image_depends_on_its_seed_alone(kind: str, pipe: Any) -> None:
     texts, settings = TEXTS[kind], SETTINGS[kind]
-    together = sample(pipe, texts, SEEDS, settings)
+    together = Sampler(pipe, settings)(texts, SEEDS)
     assert together.shape == (5, SIDES[kind], SIDES[kind], 3) and 0 <= together.min() < together.max() <= 1
-    backwards = sample(pipe, texts[::-1], SEEDS[::-1], settings)[::-1]
-    alone = np.concatenate([sample(pipe, [text], [seed], settings) for text, seed in zip(texts, SEEDS, strict=True)])
+    backwards = Sampler(pipe, settings)(texts[::-1], SEEDS[::-1])[::-1]
+    alone = np.concatenate([Sampler(pipe, settings)([text], [seed]) for text, seed in zip(texts, SEEDS, strict=True)])
     np.testing.assert_allclose(backwards, together, atol=ROUNDING)
     np.testing.assert_allclose(alone, together, atol=ROUNDING)
-    others = sample(pipe, texts, [seed + 1 for seed in SEEDS], settings)
+    others = Sampler(pipe, settings)(texts, [seed + 1 for seed in SEEDS])
     assert (abs(others - together).max(axis=(1, 2, 3)) > 50 * ROUNDING).all()
 
 
 def test_a_replay_is_equal(kind: str, pipe: Any) -> None:
-    first = sample(pipe, TEXTS[kind], SEEDS, SETTINGS[kind])
-    np.testing.assert_array_equal(sample(pipe, TEXTS[kind], SEEDS, SETTINGS[kind]), first)
+    first = Sampler(pipe, SETTINGS[kind])(TEXTS[kind], SEEDS)
+    np.testing.assert_array_equal(Sampler(pipe, SETTINGS[kind])(TEXTS[kind], SEEDS), first)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def by_hand(pipe: Any, texts: list[str], seeds: list[int], steps: int, guidance:
 def test_sampling_is_the_loop_of_the_paper(kind: str, pipe: Any) -> None:
     settings = SETTINGS[kind]
     expected = by_hand(pipe, TEXTS[kind], SEEDS, settings.steps, settings.guidance)
-    np.testing.assert_allclose(sample(pipe, TEXTS[kind], SEEDS, settings), expected, atol=ROUNDING)
+    np.testing.assert_allclose(Sampler(pipe, settings)(TEXTS[kind], SEEDS), expected, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
@@ -107,7 +107,8 @@ def test_a_stored_image_can_be_made_again_from_its_row(world: World) -> None:
     made = world.table(
         "SELECT * FROM samples WHERE arm = 'curated' AND round = 1 AND split = 'train' ORDER BY sample_id LIMIT 7"
     )
-    images = sample(models.load("embedded"), made["prompt"].to_pylist(), made["seed"].to_pylist(), run.recipe.generate)
+    draw = Sampler(models.load("embedded"), run.recipe.generate)
+    images = draw(made["prompt"].to_pylist(), made["seed"].to_pylist())
     stored = np.stack([np.asarray(image) for image in images_of(made)])
     difference = np.abs(np.round(images * 255).astype(int) - stored)
     assert difference.max() <= 1, difference.max()
@@ -137,7 +138,7 @@ def test_a_broken_decoder_is_refused_in_one_line(stable_diffusion: Path, bias: f
     pipe.vae.decoder.conv_out.weight.data.zero_()
     pipe.vae.decoder.conv_out.bias.data.fill_(bias)
     with pytest.raises(WinnowError) as caught:
-        sound(pipe, [row(1), row(2)], Generate(steps=2, retries=2))
+        sound(Sampler(pipe, Generate(steps=2, retries=2)), [row(1), row(2)])
     line = str(caught.value)
     assert f"2 of 2 images show nothing, the first ({said}) for prompt 'the blue house' after 3 seeds" in line
     assert "raise generate.retries" in line and "\n" not in line
@@ -149,18 +150,18 @@ def test_only_what_shows_nothing_is_sampled_again_with_its_next_seed(stable_diff
     seeds, settings = list(range(100, 112)), Generate(steps=2, retries=12)
     texts = [row(seed)["prompt"] for seed in seeds]
     pipe.vae.decoder.conv_out.bias.data.zero_()
-    spread = sample(pipe, texts, seeds, settings).std(axis=(1, 2)).max(axis=1) * 255
+    spread = Sampler(pipe, settings)(texts, seeds).std(axis=(1, 2)).max(axis=1) * 255
     pipe.vae.decoder.conv_out.weight.data.mul_(FLAT / np.median(spread))
-    flat = sample(pipe, texts, seeds, settings).std(axis=(1, 2)).max(axis=1) * 255 < FLAT
+    flat = Sampler(pipe, settings)(texts, seeds).std(axis=(1, 2)).max(axis=1) * 255 < FLAT
     assert 3 <= flat.sum() <= 9
 
-    made = sound(pipe, [row(seed) for seed in seeds], settings)
+    made = sound(Sampler(pipe, settings), [row(seed) for seed in seeds])
     assert [m["attempt"] > 0 for m in made] == flat.tolist()
     for seed, one in zip(seeds, made, strict=True):
         for _ in range(one["attempt"]):
             seed = sample_id(["retry", seed])
         assert one["seed"] == seed
-        again = np.round(sample(pipe, [one["prompt"]], [seed], settings)[0] * 255)
+        again = np.round(Sampler(pipe, settings)([one["prompt"]], [seed])[0] * 255)
         assert np.abs(again - one["pixels"]).max() <= 1
         assert one["sample_id"] in seeds and one["pixels"].std(axis=(0, 1)).max() > FLAT * 0.9
 

@@ -1,0 +1,149 @@
+"""Families of text-to-image pipelines: what Stable Diffusion, SDXL, SD3 and FLUX do each in its own way.
+
+Everything else (generation, training, refinement) is written once, over these three things:
+
+    encode         texts -> what the model is told of them, a Condition
+    unconditional  the Condition of no text, for guidance and for prompt dropout
+    predict        (noisy latents [N, C, h, w], timesteps [N] in 0…1000, Condition) -> prediction [N, C, h, w]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from schemas.errors import WinnowError
+
+#: Tensors [N, …] by the name under which the pipeline's call takes them: "prompt_embeds", "pooled_prompt_embeds".
+Condition = dict[str, Tensor]
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True)
+class Family:
+    """``denoiser``: the pipeline's attribute that is trained; ``lora``: its layers that LoRA adapts; ``guided``:
+    whether guidance takes a second, unconditional pass (FLUX is told its guidance instead)."""
+
+    denoiser: str
+    encode: Callable[[Any, list[str]], Condition]
+    unconditional: Callable[[Any], Condition]
+    predict: Callable[[Any, Tensor, Tensor, Condition], Tensor]
+    lora: tuple[str, ...]
+    guided: bool = True
+
+    def model(self, pipe: Any) -> Any:
+        """The network that predicts."""
+        return getattr(pipe, self.denoiser)
+
+
+def _encode_sd(pipe: Any, texts: list[str]) -> Condition:
+    return {"prompt_embeds": pipe.encode_prompt(texts, pipe._execution_device, 1, False)[0]}
+
+
+def _nothing_sd(pipe: Any) -> Condition:
+    return {"prompt_embeds": pipe.encode_prompt([""], pipe._execution_device, 1, True)[1]}
+
+
+def _predict_sd(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    return pipe.unet(noisy, t, condition["prompt_embeds"]).sample
+
+
+def _encode_pooled(pipe: Any, texts: list[str], **more: Any) -> Condition:
+    made = pipe.encode_prompt(texts, device=pipe._execution_device, do_classifier_free_guidance=False, **more)
+    return {"prompt_embeds": made[0], "pooled_prompt_embeds": made[2]}
+
+
+def _nothing_pooled(pipe: Any, **more: Any) -> Condition:
+    made = pipe.encode_prompt([""], device=pipe._execution_device, do_classifier_free_guidance=True, **more)
+    return {"prompt_embeds": made[1], "pooled_prompt_embeds": made[3]}
+
+
+def _predict_sdxl(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    # Original size, crop from the top left, target size, in pixels (SDXL, arXiv 2307.01952, section 2.2).
+    height, width = (side * pipe.vae_scale_factor for side in noisy.shape[2:])
+    pooled = condition["pooled_prompt_embeds"]
+    sizes = torch.tensor([height, width, 0, 0, height, width], dtype=pooled.dtype, device=noisy.device)
+    added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), 6)}
+    return pipe.unet(noisy, t, condition["prompt_embeds"], added_cond_kwargs=added).sample
+
+
+def _predict_sd3(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    return pipe.transformer(noisy, condition["prompt_embeds"], condition["pooled_prompt_embeds"], t).sample
+
+
+def _encode_flux(pipe: Any, texts: list[str]) -> Condition:
+    embeds, pooled, _ = pipe.encode_prompt(texts, None, device=pipe._execution_device)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _predict_flux(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    n, channels, height, width = noisy.shape
+    embeds, device = condition["prompt_embeds"], noisy.device
+    # FLUX sees 2×2 latents as one token of 4 C numbers.
+    tokens = noisy.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=2).view(-1, 3)
+    made = pipe.transformer(
+        tokens.reshape(n, -1, 4 * channels), embeds, condition["pooled_prompt_embeds"], t / 1000,
+        img_ids=places.to(device, embeds.dtype), txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+        guidance=torch.ones(n, device=device) if pipe.transformer.config.guidance_embeds else None,
+    ).sample  # fmt: skip
+    return made.view(n, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+
+def _encode_sd3(pipe: Any, texts: list[str]) -> Condition:
+    return _encode_pooled(pipe, texts, prompt_2=None, prompt_3=None)
+
+
+def _nothing_sd3(pipe: Any) -> Condition:
+    return _nothing_pooled(pipe, prompt_2=None, prompt_3=None)
+
+
+def _nothing_flux(pipe: Any) -> Condition:
+    return _encode_flux(pipe, [""])
+
+
+#: By the name of the pipeline's class.
+FAMILIES = {
+    "StableDiffusionPipeline": Family("unet", _encode_sd, _nothing_sd, _predict_sd, ATTENTION),
+    "StableDiffusionXLPipeline": Family("unet", _encode_pooled, _nothing_pooled, _predict_sdxl, ATTENTION),
+    "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT),
+    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, guided=False),
+}
+
+
+def family(pipe: Any) -> Family:
+    """The family of a pipeline; WinnowError for a class that is none of FAMILIES."""
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in FAMILIES:
+            return FAMILIES[kind.__name__]
+    raise WinnowError(
+        f"model: a {type(pipe).__name__} is not of a family that Winnow knows; it knows {', '.join(FAMILIES)}"
+    )
+
+
+class Conditions:
+    """Conditions by text, each text encoded once and alone, so that its numbers do not depend on its company.
+
+    Kept on the CPU, as the encoders made them.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.family = family(pipe)
+        self.known: dict[str | None, Condition] = {}
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str | None]) -> Condition:
+        """The conditions of ``texts`` (null: of no text), stacked: tensors [N, …] on the CPU."""
+        for text in texts:
+            if text not in self.known:
+                made = self.family.unconditional(self.pipe) if text is None else self.family.encode(self.pipe, [text])
+                self.known[text] = {key: value[0].cpu() for key, value in made.items()}
+        return {key: torch.stack([self.known[text][key] for text in texts]) for key in self.known[texts[0]]}

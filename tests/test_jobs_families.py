@@ -1,0 +1,214 @@
+"""Families: what Winnow tells each kind of model is what the model's own pipeline tells it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from conftest import WORDS
+
+from jobs import lora, models
+from jobs.families import FAMILIES, Conditions, family
+from jobs.generate import Generate, Sampler
+from jobs.train import Train
+from jobs.trainer import fine_tune
+from schemas.errors import WinnowError
+
+KINDS = ["sd", *pipelines.BUILDERS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, stable_diffusion: Path) -> Path:
+    if request.param == "sd":
+        return stable_diffusion
+    return pipelines.build(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Any:
+    return models.load(str(folder))
+
+
+def told(pipe: Any, guidance: float, **how: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]:
+    """What the pipeline's own call, given texts, tells its network, and the answers."""
+    calls = []
+
+    def keep(_: Any, args: Any, kwargs: Any, answer: Any) -> None:
+        calls.append((args, kwargs, answer[0] if isinstance(answer, tuple) else answer.sample))
+
+    network = family(pipe).model(pipe)
+    handle = network.register_forward_hook(keep, with_kwargs=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    how = {"num_inference_steps": 2, "width": 32, "height": 32, "output_type": "np"} | how
+    pipe(WORDS[:2], guidance_scale=guidance, generator=generators, **how)
+    handle.remove()
+    return calls
+
+
+def test_predict_tells_the_network_what_the_pipeline_does(pipe: Any) -> None:
+    for args, kwargs, answer in told(pipe, 1.0):
+        noisy = kwargs.get("hidden_states", args[0] if args else None)
+        t = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if "Flux" in type(pipe).__name__:
+            noisy, answer = (pipe._unpack_latents(x, 32, 32, pipe.vae_scale_factor) for x in (noisy, answer))
+            kwargs["guidance"].fill_(1.0)  # what training tells it
+            t = 1000 * t
+        made = family(pipe).predict(pipe, noisy, t.expand(len(noisy)), Conditions(pipe)(list(WORDS[:2])))
+        assert made.shape == noisy.shape
+        torch.testing.assert_close(made, answer, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sampling_with_conditions_is_sampling_with_texts(pipe: Any, guidance: float) -> None:
+    how = {"num_inference_steps": 3, "guidance_scale": guidance, "width": 32, "height": 32, "output_type": "np"}
+    expected = pipe(WORDS[:3], generator=[torch.Generator().manual_seed(seed) for seed in (5, 6, 7)], **how).images
+    draw = Sampler(pipe, Generate(steps=3, guidance=guidance, width=32, height=32))
+    np.testing.assert_allclose(draw(WORDS[:3], [5, 6, 7]), expected, atol=2e-4)
+    one = draw([WORDS[1]], [6])
+    np.testing.assert_allclose(one[0], expected[1], atol=2e-4)
+
+
+def test_each_text_is_encoded_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, asked = pipe.encode_prompt, []
+
+    def count(texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        asked.extend(texts)
+        return encode(texts, *args, **kwargs)
+
+    conditions = Conditions(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "encode_prompt", count)
+        first = conditions([WORDS[0], WORDS[1], WORDS[0]])
+        again = conditions([WORDS[1]])
+    assert sorted(asked) == sorted(WORDS[:2])
+    for key in first:
+        assert torch.equal(first[key][0], first[key][2]) and torch.equal(first[key][1], again[key][0])
+        assert not torch.equal(first[key][0], first[key][1])
+
+
+def examples() -> list[Any]:
+    import io
+
+    from PIL import Image
+
+    from jobs.trainer import Example
+
+    rng = np.random.default_rng(5)
+    made = []
+    for i in range(5):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file, "png")
+        made.append(Example(i, WORDS[i % 2], [1.0, 0.5, 2.0, 1.0, 0.0][i], file.getvalue()))
+    return made
+
+
+def trained(folder: Path, tmp_path: Path, **how: Any) -> Any:
+    settings = Train(**({"steps": 3, "batch": 4, "lr": 1e-3, "checkpoint": 0, "prompt_dropout": 0.3} | how))
+    pipe = models.load(str(folder))
+    if settings.method == "lora":
+        lora.attach(pipe, settings.rank, 3)
+    fine_tune(pipe, examples(), settings, 7, tmp_path / "p.pt")
+    return pipe
+
+
+def difference(one: Any, other: Any) -> float:
+    pairs = zip(family(one).model(one).parameters(), family(other).model(other).parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_micro_batches_and_checkpointing_change_memory_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    whole = trained(folder, tmp_path, method="full", lr=1e-4)
+    parts = trained(folder, tmp_path, method="full", lr=1e-4, micro_batch=3, checkpointing=True)
+    assert difference(whole, models.load(str(folder))) > 5e-5
+    # Adam divides by the gradient's size, so a rounding error in a gradient near 0 shows as a share of lr.
+    apart = zip(family(whole).model(whole).parameters(), family(parts).model(parts).parameters(), strict=True)
+    moved = torch.cat([(a - b).detach().abs().flatten() for a, b in apart])
+    assert moved.quantile(0.99) < 1e-6 and moved.max() < 3e-4
+
+
+def test_a_lora_is_small_is_kept_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    pipe = trained(folder, tmp_path, method="lora", rank=2, lr=1e-2)
+    network = family(pipe).model(pipe)
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert names and all("lora" in name and "attn" in name for name in names)
+    frozen = models.load(str(folder))
+    base = dict(family(frozen).model(frozen).named_parameters())
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, base[name.replace(".base_layer", "")]), name
+
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    lora.save(pipe, kept, lora.Base(str(folder), models.revision(str(folder)), 2))
+    assert {path.name for path in kept.iterdir()} == {lora.BASE, lora.WEIGHTS}
+    assert models.layers(str(kept)) == (str(folder), kept)
+    settings = Generate(steps=2, guidance=1.0, width=32, height=32)
+    mine = Sampler(pipe, settings)(WORDS[:2], [1, 2])
+    again = Sampler(models.load(str(kept)), settings)(WORDS[:2], [1, 2])
+    np.testing.assert_allclose(again, mine, atol=1e-6)
+    plain = Sampler(frozen, settings)(WORDS[:2], [1, 2])
+    assert np.abs(plain - mine).max() > 1e-4
+
+    # The next round goes on from these very numbers.
+    more = models.load(str(folder))
+    lora.attach(more, 2, 9, kept)
+    layers = {name: p for name, p in family(more).model(more).named_parameters() if p.requires_grad}
+    assert sorted(layers) == sorted(names)
+    assert all(torch.equal(p, dict(network.named_parameters())[name]) for name, p in layers.items())
+    with pytest.raises(WinnowError, match=r"train\.rank is 4, but the round starts from a LoRA of rank 2"):
+        lora.attach(models.load(str(folder)), 4, 9, kept)
+
+
+def test_a_fresh_lora_changes_nothing(pipe: Any) -> None:
+    settings = Generate(steps=2, guidance=1.0, width=32, height=32)
+    before = Sampler(pipe, settings)(WORDS[:2], [1, 2])
+    lora.attach(pipe, 4, 1)
+    np.testing.assert_array_equal(Sampler(pipe, settings)(WORDS[:2], [1, 2]), before)
+
+
+def test_a_lora_of_another_base_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+    (tmp_path / lora.BASE).write_text(f'{{"model": "{stable_diffusion}", "revision": "0123", "rank": 2}}')
+    with pytest.raises(WinnowError, match=r"trained on revision 0123 of .*restore that revision"):
+        models.load(str(tmp_path))
+    (tmp_path / lora.BASE).write_text("{")
+    with pytest.raises(WinnowError, match=r"base\.json: cannot be read"):
+        models.load(str(tmp_path))
+
+
+def test_an_unknown_family_lists_those_that_there_are() -> None:
+    class KandinskyPipeline:
+        pass
+
+    with pytest.raises(WinnowError, match="a KandinskyPipeline is not of a family") as caught:
+        family(KandinskyPipeline())
+    assert all(name in str(caught.value) for name in FAMILIES)
+
+
+def test_a_memory_too_small_is_met_with_halves(
+    stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pipeline says it is out of memory for more than two images; the images are what they were."""
+    pipe = models.load(str(stable_diffusion))
+    texts, seeds, settings = [WORDS[0]] * 7, list(range(7)), Generate(steps=2, guidance=1.0)
+    expected = Sampler(pipe, settings)(texts, seeds)
+    draw, sizes = Sampler(pipe, settings), []
+    inner, room = draw._sample, 2
+
+    def small(texts: list[str], seeds: list[int]) -> np.ndarray:
+        sizes.append(len(texts))
+        if len(texts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore.")
+        return inner(texts, seeds)
+
+    monkeypatch.setattr(draw, "_sample", small)
+    np.testing.assert_allclose(draw(texts, seeds), expected, atol=1e-5)
+    assert sizes == [7, 4, 2, 2, 2, 1] and draw.fits == 2
+    assert "7 images at once do not fit into the memory; going on with 4" in capsys.readouterr().err
+    sizes.clear()
+    draw(texts[:4], seeds[:4])
+    assert sizes == [2, 2]
+    room = 0
+    with pytest.raises(WinnowError, match="one image does not fit into the memory .CUDA out of memory"):
+        draw(texts, seeds)
