@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop report sql explain verify base study lint lock clean
+.PHONY: help setup demo test $(STAGES) loop plan report sql explain verify base study lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ round: $(READY) ## play one whole round
 	$(WINNOW) round $(IN)
 loop: $(READY) ## play rounds until the guard ends them (ROUNDS=8)
 	$(WINNOW) loop $(IN) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+plan: $(READY) ## say what a run will take: images, disk and GPU-hours (RECIPE=sdxl-lora)
+	$(WINNOW) plan --recipe $(RECIPE) $(ARGS)
 
 ASK := SELECT round, arm, verdict, reason FROM rounds ORDER BY arm, round
 report: $(READY) ## write report.html and summary.json into the store

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from curate import weigh as law
-from curate.fuse import FUSIONS
 from jobs import plots
 from jobs.recipe import Recipe
 from jobs.run import BASE
-from jobs.select import selecting
+from jobs.select import fuse, selecting
 from jobs.summary import Source
 
 TILES = 6  # in a shelf of a gallery
@@ -82,10 +81,7 @@ def _selection_score(source: Source, recipe: Recipe | None, rows: pa.Table) -> n
         if not found.num_rows or found.num_rows != rows.num_rows:
             return None
         columns.append(found["value"].to_numpy())
-    if len(columns) < 2:
-        return columns[0] if columns else None
-    fuse = FUSIONS[recipe.select.fuse]
-    return fuse(np.stack(columns, axis=1), rows["prompt_id"].to_numpy())
+    return fuse(recipe.select, columns, rows["prompt_id"].to_numpy()) if columns else None
 
 
 def histograms(source: Source, recipe: Recipe | None, chosen: list[Candidates]) -> list[tuple[int, list[str]]]:

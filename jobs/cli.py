@@ -250,6 +250,24 @@ def loop(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName = RECIPE,
+    arm: Arm = "curated",
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts, where the recipe keeps all that pass.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0, help="The TFLOP/s that your GPU sustains.")] = None,
+    set: Set = None,
+) -> None:
+    """Say what a run will take: images, disk and GPU-hours, by arithmetic from the recipe and the model's shape."""
+    from jobs import recipe as recipes
+    from jobs.plan import TFLOPS
+    from jobs.plan import plan as count
+
+    loaded = recipes.override(recipes.load(recipe), [_setting(text) for text in set or []]).for_arm(arm)
+    for line in count(loaded, prompts, tflops or TFLOPS).lines():
+        print(line)
+
+
+@app.command()
 def demo(
     store: StorePath = STORE,
     fast: Annotated[bool, typer.Option("--fast", help="Below two minutes, too small to show the effect.")] = False,

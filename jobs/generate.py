@@ -27,8 +27,11 @@ class Generate(Settings):
     """``prompts`` a round (null: all of them), images per prompt and how to sample. Sizes null: the model's own.
     ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
     GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
-    an image that shows nothing."""
+    an image that shows nothing. ``source``: images to take in instead, a folder, Parquet files or hub:org/name, with
+    their captions in ``column``."""
 
+    source: str | None = None
+    column: str = "text"
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=1)
     steps: int = Field(50, ge=1)
@@ -156,6 +159,10 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     """Make the samples of one split: a round's candidates, D_0 (the base's reference samples), or the held-out
     prompts' images of ``model``. Returns whether all of them are there, not left to other shards."""
     settings = run.recipe.generate
+    if split == "train" and settings.source:
+        from jobs.own import take_in
+
+        return take_in(run, settings)
     if split == "reference":
         run, prompts, per_prompt = run.base(), run.recipe.reference.prompts, run.recipe.reference.images_per_prompt
     elif split == "eval":
@@ -166,7 +173,8 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
-    making = settings.model_dump(mode="json", exclude={"prompts", "images_per_prompt", "retries"})
+    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column"}
+    making = settings.model_dump(mode="json", exclude=apart)
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)

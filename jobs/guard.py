@@ -64,7 +64,8 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
         )  # fmt: skip
     else:
         last = run.round >= planned
-        verdict = rule.Verdict("stop" if last else "promote", run.round, "control arm, not judged")
+        why = "curated, nothing trained" if run.recipe.train.method == "none" else "control arm, not judged"
+        verdict = rule.Verdict("stop" if last else "promote", run.round, why)
 
     def work(_: pa.Table) -> pa.Table:
         made = run.query(

@@ -43,8 +43,24 @@ def images_of(rows: pa.Table) -> list[Image.Image]:
 
 
 def array(images: list[Image.Image]) -> np.ndarray:
-    """Images of one size as uint8 [N, H, W, 3]."""
+    """Images of one size as uint8 [N, H, W, 3]; WinnowError where their sizes differ."""
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        (w, h), (v, g) = sizes[0], sizes[-1]
+        raise WinnowError(
+            f"images: their sizes differ, from {w}×{h} to {v}×{g}; set train.size, and take an encoder for distances "
+            "that resizes (open_clip), not vae"
+        )
     return np.stack([np.asarray(image) for image in images])
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of the image as a square of ``side`` pixels, resized (Lanczos) where it is not that size."""
+    if image.size == (side, side):
+        return image
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
 
 
 def fault(image: np.ndarray) -> str | None:

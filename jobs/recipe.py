@@ -71,6 +71,8 @@ class Recipe(Settings):
             raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
         if not self.guard.enabled:
             return
+        if self.train.method == "none":
+            raise WinnowError("guard judges new models, and train.method is 'none'; set guard.enabled to false")
         if not self.evaluate.space:
             raise WinnowError("guard needs the diversity in evaluate.space; set it, or guard.enabled to false")
         metric, measured = self.guard.metric, self.evaluate

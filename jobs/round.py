@@ -43,7 +43,8 @@ def prepare(run: Run) -> None:
     base = run.base()
     embed(base, "reference")
     distance(base, "reference")
-    evaluate(run.at(0))
+    if run.recipe.train.method != "none":
+        evaluate(run.at(0))
     guard(run.at(0))
 
 
@@ -57,8 +58,9 @@ def play(run: Run) -> Verdict:
     select(run)
     weigh(run)
     export(run)
-    train(run)
-    evaluate(run)
+    if run.recipe.train.method != "none":
+        train(run)
+        evaluate(run)
     verdict = guard(run, seconds=time.perf_counter() - began)
     say(f"round {run.round} of {run.arm}: {verdict.verdict}: {verdict.reason}")
     return verdict

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 class Select(Settings):
     """``keep``: samples of each prompt; ``budget``: samples in all (null: no limit). ``fuse`` joins several
-    ``scorers`` (null: those of ``score``) within a prompt. ``floors``: least value by scorer. ``dedup``: the
+    ``scorers`` (null: those of ``score``), each compared ``within`` its prompt or over all candidates.
+    ``floors``: least value by scorer. ``dedup``: the
     cosine similarity in ``space`` from which two samples count as one."""
 
     policy: Literal["best_of_n", "top_k", "quantile_band", "diverse", "random"] = "best_of_n"
     scorers: tuple[str, ...] | None = None
     fuse: Literal["rank", "zscore"] = "rank"
+    within: Literal["prompt", "all"] = "prompt"
     keep: int = Field(1, ge=1)
     budget: int | None = Field(None, ge=1)
     band: tuple[float, float] = (0.0, 0.5)
@@ -90,16 +92,21 @@ def _work(run: Run, settings: Select, used: tuple[str, ...]) -> Work:
     return work
 
 
+def fuse(settings: Select, columns: list[np.ndarray], groups: np.ndarray) -> np.ndarray:
+    """The one score [N] that candidates are ordered by, from that of each scorer [N]; a single one stays as it is."""
+    if len(columns) == 1:
+        return columns[0]
+    peers = groups if settings.within == "prompt" else np.zeros_like(groups)
+    return FUSIONS[settings.fuse](np.stack(columns, axis=1), peers)
+
+
 def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) -> choose.Decision:
     """Floors, then near duplicates, then the policy: each over what the one before left."""
     numbers, groups = ids(rows), rows["prompt_id"].to_numpy()
     scores = scores_of(run, "train", tuple(dict.fromkeys([*used, *settings.floors])))
     fused = np.zeros(len(numbers))
-    if len(used) == 1:
-        fused = scores[used[0]]
-    elif used:
-        stacked = np.stack([scores[name] for name in used], axis=1)
-        fused = FUSIONS[settings.fuse](stacked, groups)
+    if used:
+        fused = fuse(settings, [scores[name] for name in used], groups)
     elif settings.policy != "random":
         raise WinnowError(f"select.policy {settings.policy!r} needs scores; name scorers in score.scorers")
     features = vectors_of(run, settings.space, "train")[1] if settings.space else None

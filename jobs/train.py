@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 class Train(Settings):
     """``method`` lora trains layers of ``rank`` on the attention (alpha is the rank), full every weight of the
-    denoiser. ``batch`` rows make a step; ``micro_batch`` of them are on the device at once (null: all), and
-    ``checkpointing`` trades time for memory. ``lr`` rises over ``lr_warmup`` steps, and decays to ``lr`` ×
-    ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``: steps between two resumable states,
-    0 for none. ``prompt_dropout`` keeps classifier-free guidance alive."""
+    denoiser, none nothing: the round ends with its shards. ``size``: images are cut to a square of that many pixels
+    (null: they are all of one size). ``batch`` rows make a step; ``micro_batch`` of them are on the device at once
+    (null: all), and ``checkpointing`` trades time for memory. ``lr`` rises over ``lr_warmup`` steps, and decays to
+    ``lr`` × ``lr_floor`` over ``steps``; ``ema`` 0 keeps the last weights; ``checkpoint``: steps between two resumable
+    states, 0 for none. ``prompt_dropout`` keeps classifier-free guidance alive."""
 
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "none"] = "full"
+    size: int | None = Field(None, ge=8, multiple_of=8)
     rank: int = Field(16, ge=1)
     steps: int = Field(750, ge=1)
     batch: int = Field(12, ge=1)
@@ -54,8 +56,8 @@ def _name(run: Run) -> str:
 
 def trained_model(run: Run) -> str:
     """The folder of the model that this round trained (the base's name in round 0)."""
-    if run.round == 0:
-        return run.recipe.model
+    if run.round == 0 or run.recipe.train.method == "none":
+        return run.start_model()
     folder = run.store / _name(run)
     if not folder.exists():
         raise WinnowError(f"{folder}: round {run.round} of {run.arm!r} is not trained; run 'winnow train' first")

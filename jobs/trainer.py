@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jobs import devices
 from jobs.families import Conditions, family
-from jobs.images import array, decode
+from jobs.images import array, decode, square
 from jobs.latents import encode
 from jobs.progress import bar
 from schemas.errors import WinnowError
@@ -116,7 +116,8 @@ def fine_tune(
     texts = [row.text for row in rows]
     conditions = Conditions(pipe)
     conditions([*sorted(set(texts)), None])
-    images = array([decode(row.file, f"sample {row.sample_id}") for row in rows])
+    pictures = [decode(row.file, f"sample {row.sample_id}") for row in rows]
+    images = array([square(picture, settings.size) for picture in pictures] if settings.size else pictures)
     latents = encode(pipe.vae.float(), images)
     model = made_by.model(pipe).train()
     if settings.checkpointing:

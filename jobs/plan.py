@@ -1,0 +1,218 @@
+"""What a run will take, before it starts: images, disk and hours, by arithmetic from the recipe and the model's shape.
+
+Operations are counted, not guessed: the networks are built without memory (PyTorch's meta device) in their true
+shape and PyTorch counts the floating-point operations of one pass. Hours follow from a sustained rate. Scoring,
+embedding and text encoding are left out: a few per cent.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import models
+from schemas.errors import WinnowError
+
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+
+#: Sustained TFLOP/s: 40 % of an H100's dense bfloat16 peak of 989, what well-tuned sampling loops reach.
+TFLOPS = 400.0
+#: Bytes a pixel of a photograph-like image, by format.
+PIXEL_BYTES = {"png": 1.7, "webp": 1.3, "jpeg": 0.6}
+
+_SDXL = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 128, "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+_SD3 = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "num_layers": 24, "num_attention_heads": 24,
+    "attention_head_dim": 64, "caption_projection_dim": 1536, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+#: Shapes of models on the Hub, so that a plan needs no network: the denoiser's configuration as published.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "CompVis/stable-diffusion-v1-4": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8
+    },
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
+    "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
+    "black-forest-labs/FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
+}  # fmt: skip
+USUAL_VAE = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+#: How many text tokens each kind of network reads.
+TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 77 + 256, "FluxTransformer2DModel": 512}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size: weights of its denoiser, those of a LoRA of rank 1 on it, pixels a side, and TFLOP of one pass
+    and of decoding one image."""
+
+    parameters: int
+    adapted: int
+    side: int
+    step: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes in all: images by split, bytes on disk by kind, and GPU-hours by stage."""
+
+    images: dict[str, int]
+    bytes: dict[str, float]
+    hours: dict[str, float]
+    tflops: float
+    pixels: tuple[int, int]
+
+    def lines(self) -> list[str]:
+        """For people: one line each."""
+        width, height = self.pixels
+        total, disk, hours = sum(self.images.values()), sum(self.bytes.values()), sum(self.hours.values())
+        return [
+            f"images   {total:,} of {width}×{height}: {_parts(self.images, lambda n: f'{n:,.0f}')}",
+            f"disk     {_size(disk)}: {_parts(self.bytes, _size)}",
+            f"hours    {hours:,.3g} GPU-hours at {self.tflops:g} sustained TFLOP/s: "
+            f"{_parts(self.hours, lambda h: f'{h:.3g}')}",
+        ]  # fmt: skip
+
+
+def _parts(values: dict[str, Any], shown: Any) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items() if value)
+
+
+def _size(count: float) -> str:
+    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count / 1000:.3g} kB"
+
+
+def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> Plan:
+    """The whole run of one arm. ``prompts``: how many are kept, where the recipe keeps all that pass."""
+    made, trained, measured = recipe.generate, recipe.train, recipe.evaluate
+    kept = recipe.prompts.keep or prompts
+    if kept is None:
+        raise WinnowError("plan: the recipe keeps all prompts that pass; say how many with --prompts")
+    held_out = max(1, round(recipe.prompts.held_out * kept))
+    learned = kept - held_out
+    shape = shape_of(recipe.model, made.width, made.height)
+    width, height = made.width or shape.side, made.height or shape.side
+    judged = trained.method != "none"
+    rounds = recipe.rounds
+    images = {
+        "D_0": min(recipe.reference.prompts or learned, learned) * recipe.reference.images_per_prompt,
+        "candidates": 0 if made.source else min(made.prompts or learned, learned) * made.images_per_prompt * rounds,
+        "evaluation": min(measured.prompts or held_out, held_out) * measured.images_per_prompt * (rounds + 1) * judged,
+    }
+    all_kept = recipe.select.budget or min(made.prompts or learned, learned) * recipe.select.keep
+    sizes = PIXEL_BYTES[made.format] * width * height
+    weights = 4 * judged * (shape.parameters if trained.method == "full" else trained.rank * shape.adapted)
+    disk = {
+        "images": sizes * sum(images.values()),
+        "shards": sizes * all_kept * rounds,
+        "models": weights * rounds,
+        "training state": 4 * weights,
+    }
+    passes = made.steps * (2 if made.guidance > 1 and not _told(recipe.model) else 1)
+    image = passes * shape.step + shape.decode
+    # Backward costs twice the forward pass; checkpointing repeats the forward pass.
+    sample = (4 if trained.checkpointing else 3) * shape.step
+    per_hour = tflops * 3600
+    hours = {name: count * image / per_hour for name, count in images.items()}
+    hours["training"] = judged * rounds * trained.steps * trained.batch * sample / per_hour
+    return Plan(images, disk, hours, tflops, (width, height))
+
+
+def _told(model: str) -> bool:
+    """Whether the model is told its guidance, so that one pass does."""
+    return _config(model).get("_class_name") == "FluxTransformer2DModel"
+
+
+def _config(model: str) -> dict[str, Any]:
+    """The configuration of a model's denoiser: of a folder, or as published."""
+    base, _ = models.layers(model) if Path(model).expanduser().exists() else (model, None)
+    place = models.locate(base)
+    if isinstance(place, Path):
+        for part in ("unet", "transformer"):
+            if (place / part / "config.json").is_file():
+                return json.loads((place / part / "config.json").read_text(encoding="utf-8"))
+    if base in PUBLISHED:
+        return PUBLISHED[base]
+    raise WinnowError(
+        f"plan: the shape of {model!r} is not known here; give a local folder, or one of {', '.join(PUBLISHED)}"
+    )
+
+
+def shape_of(model: str, width: int | None, height: int | None) -> Shape:
+    """Count a model's weights and operations at an image size (null: its own)."""
+    place = models.locate(model)
+    scale, decoder = 8, None
+    if isinstance(place, Path) and (place / "vae" / "config.json").is_file():
+        decoder = json.loads((place / "vae" / "config.json").read_text(encoding="utf-8"))
+        scale = 2 ** (len(decoder["block_out_channels"]) - 1)
+    config = _config(model)
+    # A FLUX transformer has no size of its own: its pipeline draws 1024 × 1024.
+    side = config.get("sample_size", 128) * scale
+    key = json.dumps([config, decoder, (height or side) // scale, (width or side) // scale], sort_keys=True)
+    parameters, adapted, step, decode = _count(key)
+    return Shape(parameters, adapted, side, step, decode)
+
+
+@lru_cache
+def _count(key: str) -> tuple[int, int, float, float]:
+    """Weights, weights of a LoRA of rank 1, TFLOP of a pass and TFLOP of a decoding."""
+    import diffusers
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from jobs.families import JOINT
+
+    config, decoder, height, width = json.loads(key)
+    kind = config["_class_name"]
+    with torch.device("meta"):
+        network = getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        channels = network.config.in_channels
+        x, t = torch.empty(1, channels, height, width), torch.empty(1)
+        words = TOKENS[kind]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            if kind == "UNet2DConditionModel":
+                more = {}
+                if network.config.addition_embed_type == "text_time":
+                    ids = 6 * network.config.addition_time_embed_dim
+                    pooled = network.config.projection_class_embeddings_input_dim - ids
+                    more = {"added_cond_kwargs": {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}}
+                network(x, t, torch.empty(1, words, network.config.cross_attention_dim), **more)
+            elif kind == "SD3Transformer2DModel":
+                pooled = torch.empty(1, network.config.pooled_projection_dim)
+                network(x, torch.empty(1, words, network.config.joint_attention_dim), pooled, t)
+            else:
+                tokens = height * width // 4
+                network(
+                    torch.empty(1, tokens, channels), torch.empty(1, words, network.config.joint_attention_dim),
+                    torch.empty(1, network.config.pooled_projection_dim), t, torch.empty(tokens, 3),
+                    torch.empty(words, 3), torch.empty(1) if network.config.guidance_embeds else None,
+                )  # fmt: skip
+                channels //= 4
+        step = counter.get_total_flops() / 1e12
+        vae = diffusers.AutoencoderKL.from_config(decoder or USUAL_VAE | {"latent_channels": channels})
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.decode(torch.empty(1, vae.config.latent_channels, height, width))
+        decode = counter.get_total_flops() / 1e12
+    adapted = [
+        layer.in_features + layer.out_features
+        for name, layer in network.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.endswith(JOINT)
+    ]
+    return sum(p.numel() for p in network.parameters()), sum(adapted), step, decode
