@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from jobs.models import digest
+from jobs import devices
+from jobs.digest import digest
 from schemas.errors import WinnowError
 
 
@@ -32,31 +33,41 @@ class Clip:
 
         name, _, weights = (self.name, "", "") if ":" in self.name else self.name.partition("/")
         try:
-            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights or None)
+            # Weights trained with the quick approximation of GELU (OpenAI's, among others) are off with the other.
+            quick = bool(weights) and bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=weights or None, force_quick_gelu=quick
+            )
             tokenize = open_clip.get_tokenizer(name)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise WinnowError(f"open_clip model {self.name!r}: cannot be loaded ({reason})") from error
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.float().to(device).eval(), preprocess, tokenize, device
+        return model.float().to(devices.device()).eval(), preprocess, tokenize, devices.device()
 
     @torch.no_grad()
     def images(self, images: list[Image.Image]) -> np.ndarray:
         """Unit image features, float32 [N, D]."""
         model, preprocess, _, device = self.loaded
-        pixels = torch.stack([preprocess(image) for image in images]).to(device)
-        return normalize(model.encode_image(pixels), dim=-1).cpu().numpy()
+        pixels = torch.stack([preprocess(image.convert("RGB")) for image in images]).to(device)
+        with devices.exact():
+            return normalize(model.encode_image(pixels), dim=-1).cpu().numpy()
 
     @torch.no_grad()
     def score(self, images: list[Image.Image], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Cosine of image and text [N], in [-1, 1], and where the text was cut [N]."""
         model, _, tokenize, device = self.loaded
-        tokens = tokenize(prompts)
-        text = normalize(model.encode_text(tokens.to(device)), dim=-1).cpu().numpy()
-        # A text that fills the context to its last place has lost its tail, or just fits: ask the longer context.
-        full = np.flatnonzero((tokens[:, -1] != 0).numpy())
-        cut = np.zeros(len(prompts), bool)
-        if len(full):
-            longer = tokenize([prompts[i] for i in full], context_length=8 * tokens.shape[1])
-            cut[full] = (longer != 0).sum(1).numpy() > tokens.shape[1]
+        ids, cut = tokens(tokenize, prompts)
+        text = normalize(model.encode_text(ids.to(device)), dim=-1).cpu().numpy()
         return (self.images(images) * text).sum(1), cut
+
+
+def tokens(tokenize: Any, texts: list[str]) -> tuple[torch.Tensor, np.ndarray]:
+    """Token ids [N, context] of an open_clip tokenizer, and where it cut the text, bool [N].
+
+    Read into a longer context, a whole text has the same tokens and then nothing but padding.
+    """
+    ids = tokenize(texts)
+    context = ids.shape[1]
+    longer = tokenize(texts, context_length=8 * context)
+    cut = (ids != longer[:, :context]).any(1) | (longer[:, context:] != longer[:, -1:]).any(1)
+    return ids, cut.numpy()

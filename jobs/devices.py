@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -24,3 +26,12 @@ def dtype() -> torch.dtype:
     import torch
 
     return torch.bfloat16 if device() == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Full float32 on a GPU, too: its convolutions otherwise round to 10 bits of mantissa, a score's third digit."""
+    import torch
+
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from curate.drift import Interval, bootstrap, diversity, frechet, mean_over, moments, wins
-from jobs import models, samples
+from jobs import samples
+from jobs.digest import digest
 from jobs.embed import embed, vectors_of
 from jobs.encoders import EncoderName
 from jobs.generate import generate
@@ -95,7 +96,7 @@ def evaluate(run: Run) -> bool:
     rows = samples.of(where, "eval")
     one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
     d0 = ids(samples.of(run.base(), "reference")).tolist() if settings.space else []
-    real = models.digest(real_path(settings.real)) if settings.real else None
+    real = digest(real_path(settings.real)) if settings.real else None
     spec = ["evaluate", settings.model_dump(mode="json"), real, list(used), ids(rows).tolist(), d0]
     work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
     return complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))

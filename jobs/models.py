@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import devices
+from jobs import devices, hub
+from jobs.digest import digest
 from schemas.errors import WinnowError
 
 if TYPE_CHECKING:
@@ -37,35 +36,12 @@ def locate(name: str) -> Path | str:
     return name
 
 
-@lru_cache
-def digest(path: Path) -> str:
-    """16 hex digits of a file's content, or of all that a folder holds."""
-    total = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        with open(file, "rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{file.relative_to(path.parent).as_posix()} {content}\n".encode())
-    return total.hexdigest()[:16]
-
-
 def revision(name: str) -> str:
     """16 hex digits of a folder's contents, or the commit of a Hub model: equal names, equal weights."""
     place = locate(name)
     if isinstance(place, Path):
         return digest(place)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return str(HfApi().model_info(place).sha)[:16]
-    except HfHubHTTPError as error:
-        raise WinnowError(f"model {name!r}: refused by the Hub ({error}); check name and token") from error
-    except Exception as error:  # the client underneath has errors of its own, and has changed before
-        reason = " ".join(str(error).split())[:200]
-        raise WinnowError(
-            f"model {name!r}: no such folder, and the Hub cannot be reached ({reason}); give a local folder"
-        ) from error
+    return hub.revision(place, f"model {name!r}: no such folder, and")
 
 
 def layers(name: str) -> tuple[str, Path | None]:

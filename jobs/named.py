@@ -13,7 +13,7 @@ from schemas.errors import WinnowError
 def known(kind: str, name: str, known: Mapping[str, Any]) -> str:
     """``name`` if it can be one (``key``, ``key:argument`` or ``package.module:object``), else WinnowError."""
     head, _, tail = name.partition(":")
-    if head in known or ("." in head and tail):
+    if head in known or ("." in head and tail and all(part.isidentifier() for part in head.split("."))):
         return name
     near = difflib.get_close_matches(head, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

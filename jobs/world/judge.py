@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from jobs.digest import digest
 from jobs.images import array
-from jobs.models import digest
 from jobs.world import WEIGHTS
 from jobs.world.fit import Progress, fit, fresh_scenes, restore
 from jobs.world.scenes import COLOURS, PALETTE, SIZE, Handwriting, Scene, parse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,42 @@ def _open_clip(model: str) -> Scorer:
     return Scorer(f"open_clip:{model}", clip.revision, clip.score)
 
 
+def _aesthetic_v1(head: str) -> Scorer:
+    return _aesthetic("v1", head)
+
+
+def _aesthetic_v2(head: str) -> Scorer:
+    return _aesthetic("v2", head)
+
+
+def _aesthetic(version: Literal["v1", "v2"], head: str) -> Scorer:
+    from jobs.scorers.aesthetic import Aesthetic
+
+    return _named(f"aesthetic-{version}", head, Aesthetic(version, head))
+
+
+def _hps(checkpoint: str) -> Scorer:
+    from jobs.scorers.hps import Hps
+
+    return _named("hps-v2.1", checkpoint, Hps(checkpoint))
+
+
+def _pickscore(folder: str) -> Scorer:
+    from jobs.scorers.pickscore import PickScore
+
+    return _named("pickscore", folder, PickScore(folder))
+
+
+def _image_reward(checkpoint: str) -> Scorer:
+    from jobs.scorers.image_reward import ImageReward
+
+    return _named("image-reward", checkpoint, ImageReward(checkpoint))
+
+
+def _named(name: str, local: str, found: Any) -> Scorer:
+    return Scorer(f"{name}:{local}" if local else name, found.revision, found.score)
+
+
 def _scene_clip(_: str) -> Scorer:
     found = _open_clip(f"local-dir:{world.WEIGHTS / 'clip'}")
     return Scorer("scene-clip", found.revision, found.score)
@@ -59,6 +95,11 @@ def _none(prompts: list[str]) -> np.ndarray:
 
 SCORERS: dict[str, Callable[[str], Scorer]] = {
     "open_clip": _open_clip,  # cosine in [-1, 1]; open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:local-dir:/path
+    "aesthetic-v1": _aesthetic_v1,  # about 1 to 10, whatever the prompt; aesthetic-v1:/path/to/head
+    "aesthetic-v2": _aesthetic_v2,  # about 1 to 10, whatever the prompt; aesthetic-v2:/path/to/head
+    "hps-v2.1": _hps,  # cosine in [-1, 1], compares images of one prompt; hps-v2.1:/path/to/checkpoint
+    "pickscore": _pickscore,  # about 15 to 25; pickscore:/path/to/folder
+    "image-reward": _image_reward,  # about -2 to 2; image-reward:/path/to/checkpoint
     "scene-clip": _scene_clip,  # cosine in [-1, 1]; the embedded world's selecting scorer
     "scene-reader": _scene_reader,  # log-likelihood, at most 0; never used to select
     "scene-judge": _scene_judge,  # 1 where everything is as the caption says, else 0; never used to select
