@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain verify base study lint lock clean
+.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,8 @@ sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
 	$(WINNOW) sql --store $(STORE) $(ARGS) '$(if $(Q),$(Q),$(ASK))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain $(IN) $(ID)
+replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)
+	$(WINNOW) replay --store $(STORE) $(ARGS) $(ID)
 verify: $(READY) ## check every sealed part against its SHA-256 and schema
 	$(WINNOW) verify --store $(STORE) $(ARGS)
 

@@ -316,6 +316,27 @@ def explain(
 
 
 @app.command()
+def replay(
+    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    store: StorePath = STORE,
+    tolerance: Annotated[float, typer.Option(min=0, help="The mean difference (of 255) that counts as equal.")] = 1.0,
+    to: Annotated[Path | None, typer.Option(help="Where to write both images, side by side, as PNG.")] = None,
+) -> None:
+    """Make a sample's image again from its row, and compare."""
+    from jobs.replay import replay as again
+
+    found = again(store, sample)
+    if to:
+        found.side_by_side().save(to, "PNG")
+    print(f"largest difference {found.largest} of 255, mean {found.mean:.4f}")
+    if found.mean > tolerance:
+        raise WinnowError(
+            f"sample {sample}: comes out otherwise, by {found.mean:.3g} of 255 in the mean; the device, the precision "
+            "or a library may differ from when it was made"
+        )
+
+
+@app.command()
 def verify(store: StorePath = STORE) -> None:
     """Check every sealed part against its SHA-256 and schema."""
     from storage.verify import verify as check
