@@ -48,17 +48,21 @@ class Pretrained:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What transformers raises, as one line."""
+        """What transformers raises, as one line; its own report of what fits and what does not stays unsaid."""
         from safetensors import SafetensorError
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise WinnowError(f"{self.what}: cannot be loaded ({reason}); check the folder or the Hub id") from error
+        finally:
+            logging.set_verbosity(before)
 
 
 def pooled(output: Any) -> Tensor:
