@@ -147,10 +147,12 @@ def test_a_missing_file_is_named(server: Hub) -> None:
 
 
 @pytest.mark.parametrize("verb", ["revision", "file", "folder"])
-def test_no_network_is_told_without_the_token(server: Hub, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_told_without_the_token(
+    server: Hub, verb: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client tries again
     call = {
         "revision": lambda: hub.revision("org/name", "x:"),
         "file": lambda: hub.file("org/name", "a.bin", "x:"),
@@ -159,6 +161,7 @@ def test_no_network_is_told_without_the_token(server: Hub, verb: str, monkeypatc
     with pytest.raises(WinnowError, match=r"^x: the Hub cannot be reached \(.+\); give a local folder$") as said:
         call()
     assert "\n" not in str(said.value) and "Secret" not in str(said.value)
+    assert capfd.readouterr() == ("", "")  # no word of each attempt
 
 
 def test_a_token_in_an_error_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +198,23 @@ def test_scorers_and_encoders_are_refused_by_the_same_lines(server: Hub) -> None
     for name in ("clip:org/name", "siglip:org/name", "dinov2:org/name"):
         with pytest.raises(WinnowError, match=rf"^encoder '{name}': the Hub's repository is gated"):
             encoder(name)
+    for name in ("ViT-L-14/openai", "hf-hub:org/name"):
+        with pytest.raises(WinnowError, match=rf"^open_clip model '{name}': the Hub's repository is gated"):
+            encoder(f"open_clip:{name}")
     with pytest.raises(WinnowError, match=r"^autoencoder 'org/name': the Hub's repository is gated"):
         encoder("vae:org/name")
+
+
+def test_the_revision_of_an_open_clip_tag_is_its_commit(server: Hub) -> None:
+    server.files["timm/vit_large_patch14_clip_224.openai"] = {}
+    server.files["laion/CLIP-ViT-L-14-laion2B-s32B-b82K"] = {}
+    for name in ("ViT-L-14/openai", "ViT-L-14/laion2b_s32b_b82k"):
+        assert scorer(f"open_clip:{name}").revision == encoder(f"open_clip:{name}").revision == COMMIT[:16]
+    assert {path.split("/models/")[1] for path in server.asked} == set(server.files)
+    with pytest.raises(WinnowError, match=r"'ViT-L-14/opena': unknown; there are openai, .*write 'model/tag'"):
+        scorer("open_clip:ViT-L-14/opena")
+    with pytest.raises(WinnowError, match=r"'ViT-L/openai': unknown; there is no model 'ViT-L'"):
+        scorer("open_clip:ViT-L/openai")
 
 
 def test_a_checkpoint_of_the_hub_is_fetched_once_it_is_needed(server: Hub) -> None:
