@@ -18,8 +18,9 @@ from typing import Any
 from jobs.digest import digest
 from schemas.errors import WinnowError
 
-#: What a model folder needs: settings and safetensors, no pickles and no code.
-SAFE = ("*.json", "*.txt", "*.model", "*.safetensors")
+#: Settings and vocabularies of a model of transformers, and its weights: no pickles, no code, no other library's copy.
+SETTINGS = ("*.json", "*.txt", "*.model")
+WEIGHTS = ("model.safetensors", "model-*.safetensors")
 
 
 def revision(repo: str, lead: str) -> str:

@@ -18,6 +18,7 @@ from jobs.scorers import scorer
 from schemas.errors import WinnowError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+EVERYTHING = (*hub.SETTINGS, *hub.WEIGHTS)
 TOKEN = "hf_" + "SecretOfMine" * 3
 
 
@@ -100,9 +101,9 @@ def test_a_file_and_a_commit(server: Hub) -> None:
 
 
 def test_a_folder_holds_what_was_asked_for(server: Hub) -> None:
-    server.files["org/name"] = {"config.json": b"{}", "model.safetensors": b"s", "pytorch_model.bin": b"pickle",
-                                "code.py": b"print()", "vocab.txt": b"a"}  # fmt: skip
-    folder = hub.folder("org/name", hub.SAFE, "x:")
+    unwanted = dict.fromkeys(("pytorch_model.bin", "open_clip_model.safetensors", "code.py"), b"unwanted")
+    server.files["org/name"] = {"config.json": b"{}", "model.safetensors": b"s", "vocab.txt": b"a"} | unwanted
+    folder = hub.folder("org/name", EVERYTHING, "x:")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
 
 
@@ -131,7 +132,7 @@ def test_each_refusal_is_a_line_of_its_own(
     call = {
         "revision": lambda: hub.revision("org/name", "scorer 'x':"),
         "file": lambda: hub.file("org/name", "a.bin", "scorer 'x':"),
-        "folder": lambda: hub.folder("org/name", hub.SAFE, "scorer 'x':"),
+        "folder": lambda: hub.folder("org/name", EVERYTHING, "scorer 'x':"),
     }[verb]
     with pytest.raises(WinnowError, match=rf"^scorer 'x': {line}" if line.startswith("the") else line) as said:
         call()
@@ -156,7 +157,7 @@ def test_no_network_is_told_without_the_token(
     call = {
         "revision": lambda: hub.revision("org/name", "x:"),
         "file": lambda: hub.file("org/name", "a.bin", "x:"),
-        "folder": lambda: hub.folder("org/name", hub.SAFE, "x:"),
+        "folder": lambda: hub.folder("org/name", EVERYTHING, "x:"),
     }[verb]
     with pytest.raises(WinnowError, match=r"^x: the Hub cannot be reached \(.+\); give a local folder$") as said:
         call()
@@ -250,3 +251,20 @@ def test_a_model_of_transformers_is_downloaded_without_pickles(server: Hub, tmp_
     loaded = Pretrained("encoder 'x'", "org/eye").model(Dinov2Model)
     assert (loaded.layernorm.weight == model.layernorm.weight).all()
     assert not [path for path in server.asked if path.endswith(".bin")]
+
+
+def test_of_a_processor_no_weights_are_downloaded(server: Hub) -> None:
+    from jobs.scorers.image_reward import TOKENIZER
+    from jobs.scorers.pickscore import MODEL, PROCESSOR, PickScore
+
+    everything = {name: b"{}" for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "vocab.txt",
+                                           "model.safetensors", "open_clip_model.safetensors", "flax_model.msgpack",
+                                           "pytorch_model.bin")}  # fmt: skip
+    server.files |= {name: everything for name in (MODEL, PROCESSOR, TOKENIZER)}
+    judge = PickScore()
+    folders = judge.weights.folder, judge.reading.folder, Pretrained("x", TOKENIZER, weights=False).folder
+    settings = {"config.json", "tokenizer.json", "preprocessor_config.json", "vocab.txt"}
+    assert [{path.name for path in folder.iterdir()} for folder in folders] == [
+        settings | {"model.safetensors"}, settings, settings,
+    ]  # fmt: skip
+    assert judge.revision == f"{COMMIT[:16]}-{COMMIT[:16]}"
