@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +25,8 @@ def tensors(path: Path, what: str) -> dict[str, Tensor]:
 
             found = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings(action="ignore"):  # about old pickles, which are read or refused
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of torch, pickle, zipfile, safetensors or the system
         raise WinnowError(f"{what}: {path} {_why(error)}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
@@ -32,20 +35,21 @@ def tensors(path: Path, what: str) -> dict[str, Tensor]:
         kind = "nothing" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise WinnowError(f"{what}: {path} holds {kind}, not tensors by name; give a checkpoint's state dict")
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+        if not isinstance(name, str) or not plain:
+            kind = "sparse or quantised tensor" if isinstance(value, Tensor) and not plain else type(value).__name__
             raise WinnowError(f"{what}: {path} holds a {kind} under {name!r}; give a file of tensors by name alone")
     return {name: value.detach() for name, value in found.items()}
 
 
 def _why(error: Exception) -> str:
+    """What torch met, without its advice on how to run it all the same."""
     text = " ".join(str(error).split())
-    if "weights_only" in text or "Unsupported" in text:
-        # What was met stands in the middle of torch's advice on how to run it all the same.
-        _, _, met = text.partition("WeightsUnpickler error: ")
-        met = met.split(" Please file")[0].split(" was not an allowed")[0][:120]
-        return f"holds more than tensors ({met or 'objects of Python'}), which may run code; take safetensors instead"
-    return f"cannot be read ({text[:160] or type(error).__name__}); get it again"
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"holds more than tensors ({found[1]}), which may run code; take a file of tensors alone, or safetensors"
+    _, _, met = text.partition("WeightsUnpickler error: ")
+    met = met.partition(" Check the documentation")[0] or text
+    return f"cannot be read ({met[:120] or type(error).__name__}); get it again"
 
 
 def fill(

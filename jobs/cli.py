@@ -352,6 +352,17 @@ def verify(store: StorePath = STORE) -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A pickled checkpoint, such as ImageReward.pt.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The .safetensors file to write.")],
+) -> None:
+    """Turn a scorer's pickled checkpoint into safetensors, without running what is in it."""
+    from jobs.convert import convert as write
+
+    print(f"{target}: {write(source, target)} tensors")
+
+
+@app.command()
 def base(
     data: Annotated[str, typer.Option(help="An .npz of handwritten digits; empty for scikit-learn's.")] = "",
     to: Annotated[Path | None, typer.Option(help="The folder to write; by default the shipped weights.")] = None,

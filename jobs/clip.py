@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from jobs import devices
+from jobs import devices, hub
 from jobs.digest import digest
 from schemas.errors import WinnowError
 
@@ -24,7 +24,33 @@ class Clip:
         if model.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
             raise WinnowError(f"open_clip model {model!r}: no open_clip_config.json there; give the model's folder")
         self.name = model
-        self.revision = digest(folder) if model.startswith("local-dir:") else model
+
+    @cached_property
+    def revision(self) -> str:
+        """Changes whenever the weights do: digest of a folder, commit of a repository, else the name itself."""
+        kind, _, place = self.name.partition(":")
+        if kind == "local-dir":
+            return digest(Path(place))
+        # A tag's weights lie in "org/name/", or in "org/name/file".
+        repo = place if kind == "hf-hub" else "/".join(self.tag.get("hf_hub", "").split("/")[:2])
+        return hub.revision(repo, f"open_clip model {self.name!r}:") if repo else self.name
+
+    @cached_property
+    def tag(self) -> dict[str, Any]:
+        """What open_clip knows of the weights of "model/tag"; nothing of a folder's or repository's."""
+        import open_clip
+
+        if ":" in self.name:
+            return {}
+        name, _, weights = self.name.partition("/")
+        if not (found := open_clip.get_pretrained_cfg(name, weights)):
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            there = f"there are {', '.join(tags)}" if tags else f"there is no model {name!r}"
+            raise WinnowError(
+                f"open_clip model {self.name!r}: unknown; {there}; write 'model/tag', 'hf-hub:org/name' or "
+                "'local-dir:/path'"
+            )
+        return found
 
     @cached_property
     def loaded(self) -> tuple[Any, Any, Any, str]:
@@ -32,13 +58,14 @@ class Clip:
         import open_clip
 
         name, _, weights = (self.name, "", "") if ":" in self.name else self.name.partition("/")
+        # Weights trained with the quick approximation of GELU (OpenAI's, among others) are off with the other.
+        quick = bool(self.tag.get("quick_gelu"))
         try:
-            # Weights trained with the quick approximation of GELU (OpenAI's, among others) are off with the other.
-            quick = bool(weights) and bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=weights or None, force_quick_gelu=quick
-            )
-            tokenize = open_clip.get_tokenizer(name)
+            with hub.quiet():
+                model, _, preprocess = open_clip.create_model_and_transforms(
+                    name, pretrained=weights or None, force_quick_gelu=quick
+                )
+                tokenize = open_clip.get_tokenizer(name)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise WinnowError(f"open_clip model {self.name!r}: cannot be loaded ({reason})") from error

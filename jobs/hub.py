@@ -5,6 +5,7 @@ Where it is stands in HF_ENDPOINT, the token in HF_TOKEN or where ``hf auth logi
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from typing import Any
 from jobs.digest import digest
 from schemas.errors import WinnowError
 
-#: What a model folder needs: settings and safetensors, no pickles and no code.
-SAFE = ("*.json", "*.txt", "*.model", "*.safetensors")
+#: Settings and vocabularies of a model of transformers, and its weights: no pickles, no code, no other library's copy.
+SETTINGS = ("*.json", "*.txt", "*.model")
+WEIGHTS = ("model.safetensors", "model-*.safetensors")
 
 
 def revision(repo: str, lead: str) -> str:
@@ -59,9 +61,21 @@ def refusals(lead: str, name: str = "") -> Iterator[None]:
     """Turn what the Hub's client raises into WinnowError("LEAD the Hub …; cure"), such as "model 'a/b': the Hub …".
     ``name``: the file asked for."""
     try:
-        yield
+        with quiet():
+            yield
     except Exception as error:  # the client underneath has errors of its own, and has changed before
         raise _refusal(lead, name, error) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the log of others, such as a line for each of the client's attempts: what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _refusal(lead: str, name: str, error: BaseException) -> WinnowError:

@@ -1,43 +1,102 @@
-"""A pipeline's autoencoder as an encoder: scaled latents, the space of the paper's distances and of training."""
+"""An autoencoder as an encoder: latents, the space of the paper's distances and of training."""
 
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from jobs import models
+from jobs import devices, hub, models
+from jobs.digest import digest
 from jobs.images import array
+from schemas.errors import WinnowError
+
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model*.json", "diffusion_pytorch_model-*")
 
 
 class Latents:
-    """``model``: a name, folder or Hub id of a latent diffusion pipeline."""
+    """``model``: a name, folder or Hub id of a latent diffusion pipeline, of which the autoencoder alone is loaded, or
+    of a bare autoencoder. ``scaled``: as the diffusion model sees them, else as the autoencoder gives them."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.revision = models.revision(model)
+    def __init__(self, model: str, scaled: bool = True) -> None:
+        self.model, self.scaled = model, scaled
+        self.lead = f"autoencoder {model!r}:"
+        self.local = _local(model)
+        if self.local is None and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+            raise WinnowError(
+                f"{self.lead} no such folder; give a diffusers pipeline or autoencoder, as a folder or Hub id, or one "
+                f"of {', '.join(models.MODELS)}"
+            )
+        self.revision = digest(_part(self.local, self.lead)) if self.local else hub.revision(model, self.lead)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The autoencoder's own folder; of a Hub id nothing else is downloaded."""
+        if self.local:
+            return _part(self.local, self.lead)
+        found = hub.folder(self.model, (f"vae/{CONFIG}", CONFIG, "model_index.json"), self.lead)
+        inside = _part(found, self.lead) != found
+        hub.folder(self.model, tuple(f"vae/{name}" if inside else name for name in WEIGHTS), self.lead)
+        return _part(found, self.lead)
 
     @cached_property
     def vae(self) -> Any:
-        return models.load(self.model).vae.float()
+        from diffusers import AutoModel
+        from safetensors import SafetensorError
+
+        try:
+            vae = AutoModel.from_pretrained(str(self.folder), use_safetensors=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise WinnowError(f"{self.lead} cannot be loaded ({reason}); check the folder or the Hub id") from error
+        if not hasattr(vae, "encode"):
+            raise WinnowError(f"{self.lead} a {type(vae).__name__} encodes nothing; give an autoencoder")
+        return vae.float().to(devices.device()).eval()
 
     @torch.no_grad()
     def flat(self, images: list[Image.Image]) -> np.ndarray:
-        """Means of the scaled latents, float32 [N, C·h·w]."""
-        return encode(self.vae, array(images)).flatten(1).cpu().numpy()
+        """Means of the latents, float32 [N, C·h·w], for images of one size."""
+        if len({image.size for image in images}) > 1:
+            raise WinnowError(f"{self.lead} the images have several sizes; their latents do not compare")
+        pixels = array([image.convert("RGB") for image in images])
+        return encode(self.vae, pixels, scaled=self.scaled).flatten(1).numpy()
+
+
+def _local(model: str) -> Path | None:
+    path = models.MODELS.get(model, Path(model).expanduser())
+    return path if path.is_dir() else None
+
+
+def _part(folder: Path, lead: str) -> Path:
+    """The autoencoder in a pipeline's folder, or the folder itself where it is one."""
+    if (folder / "vae" / CONFIG).is_file():
+        return folder / "vae"
+    if (folder / CONFIG).is_file() and not (folder / "model_index.json").is_file():
+        return folder
+    raise WinnowError(f"{lead} {folder} has neither vae/{CONFIG} nor, as an autoencoder's own folder, {CONFIG}")
 
 
 @torch.no_grad()
-def encode(vae: Any, images: np.ndarray, batch: int = 64) -> torch.Tensor:
-    """uint8 [N, H, W, 3] → scaled latent means, float32 [N, C, h, w] on the CPU."""
+def encode(vae: Any, images: np.ndarray, batch: int = 64, scaled: bool = True) -> torch.Tensor:
+    """uint8 [N, H, W, 3] → latent means, float32 [N, C, h, w] on the CPU; ``scaled``: (mean − shift) · factor."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    factor = getattr(vae.config, "scaling_factor", None) or 1.0
     parts = []
     for start in range(0, len(images), batch):
         pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
         pixels = pixels.to(vae.device, vae.dtype) / 127.5 - 1
-        mean = vae.encode(pixels).latent_dist.mean
-        parts.append(((mean - shift) * vae.config.scaling_factor).float().cpu())
+        mean = _mean(vae.encode(pixels))
+        parts.append(((mean - shift) * factor if scaled else mean).float().cpu())
     return torch.cat(parts)
+
+
+def _mean(encoded: Any) -> torch.Tensor:
+    """The latents of a variational autoencoder (their mean), of a tiny or of a deep-compression one."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent

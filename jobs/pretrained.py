@@ -18,10 +18,12 @@ from schemas.errors import WinnowError
 
 
 class Pretrained:
-    """``name``: a folder as ``save_pretrained`` writes it, or a Hub id. ``what`` begins every message."""
+    """``name``: a folder as ``save_pretrained`` writes it, or a Hub id. ``what`` begins every message. ``weights``:
+    False where only a tokenizer or processor is wanted."""
 
-    def __init__(self, what: str, name: str) -> None:
+    def __init__(self, what: str, name: str, weights: bool = True) -> None:
         self.what, self.name = what, name
+        self.files = (*hub.SETTINGS, *hub.WEIGHTS) if weights else hub.SETTINGS
         self.local = Path(name).expanduser().is_dir()
         if not self.local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise WinnowError(f"{what}: no such folder; give a model's folder or a Hub id 'org/name'")
@@ -32,7 +34,7 @@ class Pretrained:
         """Where the model lies, downloaded if need be."""
         if self.local:
             return Path(self.name).expanduser()
-        return hub.folder(self.name, hub.SAFE, f"{self.what}:")
+        return hub.folder(self.name, self.files, f"{self.what}:")
 
     def model(self, kind: Any) -> Any:
         """The model in float32, ready to be asked, as ``kind`` (such as AutoModel) loads it."""
@@ -48,17 +50,21 @@ class Pretrained:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What transformers raises, as one line."""
+        """What transformers raises, as one line; its own report of what fits and what does not stays unsaid."""
         from safetensors import SafetensorError
         from transformers.utils import logging
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise WinnowError(f"{self.what}: cannot be loaded ({reason}); check the folder or the Hub id") from error
+        finally:
+            logging.set_verbosity(before)
 
 
 def pooled(output: Any) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, layer_norm, linear, normalize, softmax
 
 from jobs.checkpoint import check
 from jobs.clip import Clip, tokens
+from jobs.convert import convert
 from jobs.scorers import SCORERS, scorer
 from jobs.scorers.aesthetic import Aesthetic
 from jobs.scorers.hps import Hps, fit
@@ -126,6 +127,21 @@ def test_hps_is_the_cosine_of_open_clip(small_clip: Any, hps_file: Path) -> None
     assert scale > 10  # so that a score with the scale in it would not pass
     np.testing.assert_allclose(values, (image * text).sum(1), **EXACT)
     assert not cut.any()
+
+
+def test_a_converted_checkpoint_scores_alike(
+    hps_file: Path, image_reward: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """In safetensors, found by its folder, too."""
+    convert(hps_file, tmp_path / "HPS_v2.1_compressed.safetensors")
+    pickled, converted = Hps(str(hps_file), SMALL_CLIP), Hps(str(tmp_path), SMALL_CLIP)
+    np.testing.assert_array_equal(pickled.score(PICTURES, PROMPTS)[0], converted.score(PICTURES, PROMPTS)[0])
+    assert pickled.revision != converted.revision
+    folder = image_reward[0]
+    convert(folder / "ImageReward.pt", tmp_path / "ImageReward.safetensors")
+    (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    values = [ImageReward(str(place), SHAPE).score(PICTURES, PROMPTS)[0] for place in (folder, tmp_path)]
+    np.testing.assert_array_equal(*values)
 
 
 def test_hps_is_vit_h_14() -> None:

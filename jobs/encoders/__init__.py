@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,9 @@ from pydantic import AfterValidator
 
 from jobs import world
 from jobs.named import known, pick
+
+if TYPE_CHECKING:
+    from jobs.encoders.vision import Kind
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,25 @@ def _open_clip(model: str) -> Encoder:
 
 
 def _vae(model: str) -> Encoder:
+    return _latents("vae", model, scaled=True)
+
+
+def _vae_raw(model: str) -> Encoder:
+    return _latents("vae-raw", model, scaled=False)
+
+
+def _latents(kind: str, model: str, scaled: bool) -> Encoder:
     from jobs.latents import Latents
 
-    latents = Latents(model)
-    return Encoder(f"vae:{model}", latents.revision, lambda images, _: latents.flat(images))
+    latents = Latents(model, scaled)
+    return Encoder(f"{kind}:{model}", latents.revision, lambda images, _: latents.flat(images))
+
+
+def _vision(kind: Kind, model: str) -> Encoder:
+    from jobs.encoders.vision import Vision
+
+    vision = Vision(kind, model)
+    return Encoder(f"{kind}:{model}", vision.revision, vision.encode)
 
 
 def _scene_clip(_: str) -> Encoder:
@@ -51,7 +70,11 @@ def _scene_judge(_: str) -> Encoder:
 
 ENCODERS: dict[str, Callable[[str], Encoder]] = {
     "open_clip": _open_clip,  # open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:local-dir:/path
-    "vae": _vae,  # vae:embedded, vae:org/name: scaled latents of a pipeline's autoencoder
+    "vae": _vae,  # vae:embedded, vae:org/name: scaled latents of a pipeline's autoencoder, or of a bare one
+    "vae-raw": _vae_raw,  # the same latents as the autoencoder gives them
+    "clip": partial(_vision, "clip"),  # clip:openai/clip-vit-large-patch14, clip:/path: unit image features
+    "siglip": partial(_vision, "siglip"),  # siglip:google/siglip-so400m-patch14-384: unit image features
+    "dinov2": partial(_vision, "dinov2"),  # dinov2:facebook/dinov2-base: the [CLS] place
     "scene-clip": _scene_clip,
     "scene-judge": _scene_judge,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,14 +35,6 @@ def _open_clip(model: str) -> Scorer:
     return Scorer(f"open_clip:{model}", clip.revision, clip.score)
 
 
-def _aesthetic_v1(head: str) -> Scorer:
-    return _aesthetic("v1", head)
-
-
-def _aesthetic_v2(head: str) -> Scorer:
-    return _aesthetic("v2", head)
-
-
 def _aesthetic(version: Literal["v1", "v2"], head: str) -> Scorer:
     from jobs.scorers.aesthetic import Aesthetic
 
@@ -64,6 +57,12 @@ def _image_reward(checkpoint: str) -> Scorer:
     from jobs.scorers.image_reward import ImageReward
 
     return _named("image-reward", checkpoint, ImageReward(checkpoint))
+
+
+def _guidance_gap(model: str) -> Scorer:
+    from jobs.scorers.guidance_gap import GuidanceGap
+
+    return _named("guidance-gap", model, GuidanceGap(model))
 
 
 def _named(name: str, local: str, found: Any) -> Scorer:
@@ -95,11 +94,12 @@ def _none(prompts: list[str]) -> np.ndarray:
 
 SCORERS: dict[str, Callable[[str], Scorer]] = {
     "open_clip": _open_clip,  # cosine in [-1, 1]; open_clip:ViT-B-32/laion2b_s34b_b79k, open_clip:local-dir:/path
-    "aesthetic-v1": _aesthetic_v1,  # about 1 to 10, whatever the prompt; aesthetic-v1:/path/to/head
-    "aesthetic-v2": _aesthetic_v2,  # about 1 to 10, whatever the prompt; aesthetic-v2:/path/to/head
+    "aesthetic-v1": partial(_aesthetic, "v1"),  # about 1 to 10, whatever the prompt; aesthetic-v1:/path/to/head
+    "aesthetic-v2": partial(_aesthetic, "v2"),  # about 1 to 10, whatever the prompt; aesthetic-v2:/path/to/head
     "hps-v2.1": _hps,  # cosine in [-1, 1], compares images of one prompt; hps-v2.1:/path/to/checkpoint
     "pickscore": _pickscore,  # about 15 to 25; pickscore:/path/to/folder
     "image-reward": _image_reward,  # about -2 to 2; image-reward:/path/to/checkpoint
+    "guidance-gap": _guidance_gap,  # at most 0; guidance-gap:embedded, guidance-gap:org/name, a U-Net pipeline
     "scene-clip": _scene_clip,  # cosine in [-1, 1]; the embedded world's selecting scorer
     "scene-reader": _scene_reader,  # log-likelihood, at most 0; never used to select
     "scene-judge": _scene_judge,  # 1 where everything is as the caption says, else 0; never used to select

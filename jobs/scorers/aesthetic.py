@@ -44,7 +44,10 @@ class Aesthetic:
         beside = self.weights.path.parent if local else None
         own = beside is not None and (beside / "open_clip_config.json").is_file()
         self.clip = Clip(f"local-dir:{beside}" if own else TOWER)
-        self.revision = f"{self.weights.revision}-{self.clip.revision}"
+
+    @cached_property
+    def revision(self) -> str:
+        return f"{self.weights.revision}-{self.clip.revision}"
 
     @cached_property
     def head(self) -> nn.Module:

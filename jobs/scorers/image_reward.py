@@ -137,7 +137,7 @@ class ImageReward:
     def tokenizer(self) -> Any:
         from transformers import BertTokenizer
 
-        tokenizer = Pretrained(self.weights.what, self.words).part(BertTokenizer)
+        tokenizer = Pretrained(self.weights.what, self.words, weights=False).part(BertTokenizer)
         # BLIP's own marks: a prompt that spells them out is read as they are.
         tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
         if len(tokenizer) > self.shape.words:

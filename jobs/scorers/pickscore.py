@@ -28,7 +28,7 @@ class PickScore:
         own = self.weights.local and (self.weights.folder / "preprocessor_config.json").is_file()
         # transformers 5 writes the settings of all parts of a processor into one file, and reads both forms.
         own = own or (self.weights.local and (self.weights.folder / "processor_config.json").is_file())
-        self.reading = self.weights if own else Pretrained(what, PROCESSOR)
+        self.reading = self.weights if own else Pretrained(what, PROCESSOR, weights=False)
         self.revision = self.weights.revision if own else f"{self.weights.revision}-{self.reading.revision}"
 
     @cached_property
