@@ -19,7 +19,8 @@ from curate.clusters import representatives
 from curate.wording import clarity, defect, faults, normalise, specificity
 from schemas.errors import WinnowError
 
-Judge = Callable[[Sequence[str]], tuple[ArrayLike, ArrayLike]]
+#: Clarity and specificity of each text; as a third, if any, why a text could not be judged, "" where it was.
+Judge = Callable[[Sequence[str]], tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, Sequence[str]]]
 Embed = Callable[[Sequence[str]], ArrayLike]
 
 
@@ -100,7 +101,7 @@ def curate(
 
     keep: how many to keep at most, chosen for diversity; None keeps all that pass. near: similarity of near
     duplicates, None allows them. judge: texts -> clarity [n] and specificity [n], in the unit of the least
-    values. embed: texts -> [n, D].
+    values; what it could not judge is dropped. embed: texts -> [n, D].
     """
     if not texts:
         raise WinnowError("no prompts came: give 1 or more")
@@ -127,11 +128,13 @@ def curate(
     rows = left()
     drop(exact_duplicates([clean[i] for i in rows]), lambda j: f"duplicate of {_short(clean[rows[j]])}")
     if rows := left():
-        clear, specific = (
-            vector("judge's scores", column, rows=len(rows)) for column in judge([clean[i] for i in rows])
-        )
-        for i, c, s in zip(rows, clear, specific, strict=True):
-            if c < least_clarity:
+        judged = judge([clean[i] for i in rows])
+        clear, specific = (vector("judge's scores", column, rows=len(rows)) for column in judged[:2])
+        problems = judged[2] if len(judged) == 3 else [""] * len(rows)
+        for i, c, s, problem in zip(rows, clear, specific, problems, strict=True):
+            if problem:
+                reason[i] = f"not judged: {problem}"
+            elif c < least_clarity:
                 why = f" ({', '.join(faults(clean[i]))})" if judge is judge_by_rules else ""
                 reason[i] = f"unclear: {c:.2f} < {least_clarity:g}{why}"
             elif s < least_specificity:

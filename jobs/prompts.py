@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from curate.prompts import curate
+from curate.prompts import Judge as Judging
+from curate.prompts import curate, judge_by_rules
+from jobs.judge import Judge, judging, model
 from jobs.progress import say
 from jobs.run import Run
 from jobs.stage import complete, units
@@ -38,6 +40,12 @@ class Prompts(Settings):
     least_clarity: float = Field(0.5, ge=0, le=1)
     least_specificity: float = Field(0.25, ge=0, le=1)
     near: float | None = Field(0.92, gt=0, le=1)
+    judge: Judge = Judge()
+
+    def spec(self) -> dict[str, Any]:
+        """What of the settings decides the prompts: not how patiently a judge is asked, but all that it says."""
+        judge = None if self.judge.kind == "rules" else model(self.judge).revision
+        return self.model_dump(mode="json", exclude={"judge"}) | {"judge": judge}
 
 
 def _embedded() -> list[str]:
@@ -120,7 +128,7 @@ def read(source: str, column: str = "text") -> list[str]:
     return texts
 
 
-def rows(settings: Prompts, seed: int) -> pa.Table:
+def rows(settings: Prompts, seed: int, judge: Judging = judge_by_rules) -> pa.Table:
     """The prompts table of a source: every distinct text once, kept or with the reason why not."""
     texts = read(settings.source, settings.column)
     benchmark = read(settings.benchmark, "Prompt") if settings.benchmark else ()
@@ -132,6 +140,7 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
         least_specificity=settings.least_specificity,
         near=settings.near,
         benchmark=benchmark,
+        judge=judge,
         seed=seed % 2**31,
     )
     made: dict[int, dict[str, Any]] = {}
@@ -158,6 +167,7 @@ def rows(settings: Prompts, seed: int) -> pa.Table:
             "cluster": prompt.cluster if prompt.cluster >= 0 else None,
             "kept": prompt.kept,
             "reason": prompt.reason or None,
+            "category": None,
         }
     return pa.Table.from_pylist(list(made.values()), schema=TABLES["prompts"].schema)
 
@@ -177,9 +187,9 @@ def prompts(run: Run, keep: bool = False) -> None:
     if settings.benchmark:
         content.append(digest(sorted(read(settings.benchmark, "Prompt"))))
     one = pa.table({"sample_id": pa.array([seed])})
-    spec = ["prompts", settings.model_dump(mode="json"), content, run.recipe.seed]
+    spec = ["prompts", settings.spec(), content, run.recipe.seed]
     work = units("prompts", {}, one, 1, spec)
-    complete(run, "prompts", "prompts", work, lambda: lambda _: rows(settings, seed))
+    complete(run, "prompts", "prompts", work, lambda: lambda _: rows(settings, seed, judging(run, settings.judge)))
 
 
 def chosen(run: Run, split: str, n: int | None) -> pa.Table:
