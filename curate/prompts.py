@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from curate import duplicates
 from curate.arrays import Float64s, Ints, vector
+from curate.balance import balanced
 from curate.clusters import representatives
 from curate.wording import clarity, defect, faults, normalise, specificity
 from schemas.errors import WinnowError
@@ -95,13 +97,15 @@ def diverse(embeddings: ArrayLike, k: int, seed: int = 0) -> tuple[Ints, Ints]:
 def curate(
     texts: Sequence[str], *, keep: int | None = None, longest: int = 1000, least_clarity: float = 0.5,
     least_specificity: float = 0.25, near: float | None = 0.9, benchmark: Sequence[str] = (),
-    benchmark_near: float = 0.8, judge: Judge = judge_by_rules, embed: Embed = hashed_tfidf, seed: int = 0,
+    benchmark_near: float = 0.8, judge: Judge = judge_by_rules, embed: Embed = hashed_tfidf,
+    categories: Sequence[str] | None = None, seed: int = 0,
 ) -> list[Prompt]:  # fmt: skip
     """One Prompt for each text, in order; the cheap tests run first and the judge sees only what they leave.
 
     keep: how many to keep at most, chosen for diversity; None keeps all that pass. near: similarity of near
     duplicates, None allows them. judge: texts -> clarity [n] and specificity [n], in the unit of the least
-    values; what it could not judge is dropped. embed: texts -> [n, D].
+    values; what it could not judge is dropped. embed: texts -> [n, D]. categories: one of
+    each text; what is kept is then shared over them as evenly as they reach.
     """
     if not texts:
         raise WinnowError("no prompts came: give 1 or more")
@@ -110,6 +114,8 @@ def curate(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise WinnowError(f"prompt {i} is {text!r}: give text")
+    if categories is not None and len(categories) != len(texts):
+        raise WinnowError(f"{len(categories)} categories for {len(texts)} prompts: give one for each")
     clean = [normalise(text) for text in texts]
     reason = [defect(text, longest) or "" for text in texts]
     cluster = np.full(len(texts), -1, dtype=np.int64)
@@ -147,12 +153,16 @@ def curate(
         )
     rows = left()
     if keep is not None and rows:
-        member, chosen = diverse(embed([clean[i] for i in rows]), keep, seed)
+        kinds = [categories[i] for i in rows] if categories is not None else [""] * len(rows)
+        member, chosen, share = balanced(embed([clean[i] for i in rows]), kinds, keep, seed)
         cluster[rows] = member
-        for i, c in zip(rows, member, strict=True):
-            head = rows[chosen[c]]
-            if i != head:
-                reason[i] = f"cluster {c} is represented by {_short(clean[head])}"
+        count = Counter(kinds)
+        for i, c, kind in zip(rows, member, kinds, strict=True):
+            why = f"{kind!r} keeps {share[kind]} of {count[kind]}: " if categories is not None else ""
+            if c < 0:
+                reason[i] = f"{why}no place is left for it"
+            elif i != rows[chosen[c]]:
+                reason[i] = f"{why}cluster {c} is represented by {_short(clean[rows[chosen[c]]])}"
     return [
         Prompt(*row) for row in zip(clean, [not why for why in reason], reason, cluster.tolist(), strict=True)
     ]

@@ -83,17 +83,21 @@ class Judge(Settings):
         return self
 
 
-def model(settings: Judge) -> Model:
-    """The language model of an ``endpoint`` or ``local`` judge; weights are loaded when it is first asked."""
+def model(settings: Judge, longest: int | None = None) -> Model:
+    """The language model of an ``endpoint`` or ``local`` judge; weights are loaded when it is first asked.
+    ``longest``: tokens of an answer, instead of the settings'."""
     assert settings.model
+    longest = longest or settings.longest
     if settings.kind == "endpoint":
         assert settings.url
         return Endpoint(
             settings.url, settings.model, key_env=settings.key_env, options=settings.options,
-            longest=settings.longest, timeout=settings.timeout, tries=settings.tries, backoff=settings.backoff,
+            longest=longest, timeout=settings.timeout, tries=settings.tries, backoff=settings.backoff,
             in_flight=settings.in_flight,
         )  # fmt: skip
-    raise NotImplementedError
+    from jobs.causal import Causal
+
+    return Causal(settings.model, longest=longest, batch=settings.batch)
 
 
 def quoted(text: str) -> str:

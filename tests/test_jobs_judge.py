@@ -10,14 +10,14 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ForkServer, rows
+from endpoint import KEY, Handler, Server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,86 +31,8 @@ from storage.layout import create
 from storage.snapshot import numbers
 from storage.verify import verify
 
-KEY = "sk-very-secret-0123456789"
 TEXTS = [f"a {colour} {thing} on a wooden table" for colour in ("red", "green", "blue", "white", "black")
          for thing in ("cup", "lamp", "violin", "cactus", "globe", "kettle")]  # fmt: skip
-
-#: What the server does to one request: it gets the handler and the prompt.
-Act = Callable[["Handler", str], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: "Server"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked = body["messages"][-1]["content"]
-        found = re.search(r"^BEGIN\n(.*)\nEND$", asked, re.MULTILINE)
-        prompt = json.loads(found[1]) if found else "control"
-        with self.server.lock:
-            self.server.asked[prompt] += 1
-            number = self.server.asked[prompt]
-            self.server.times.append(time.monotonic())
-            self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-            self.server.flying += 1
-            self.server.most = max(self.server.most, self.server.flying)
-        try:
-            self.server.act(self, prompt, number)
-        except (BrokenPipeError, ConnectionResetError):  # it did not wait for us
-            pass
-        finally:
-            with self.server.lock:
-                self.server.flying -= 1
-
-    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(length or len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def say(self, content: Any, ended: str = "stop") -> None:
-        answer = {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": ended}]}
-        self.send(200, json.dumps(answer).encode())
-
-    def good(self, clarity: int = 8, specificity: int = 7) -> None:
-        self.say(json.dumps({"clarity": clarity, "specificity": specificity}))
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock = threading.Lock()
-        self.asked: Counter[str] = Counter()
-        self.times: list[float] = []
-        self.seen: list[tuple[str, str | None, dict[str, Any]]] = []
-        self.flying = self.most = 0
-        self.act: Callable[[Handler, str, int], None] = lambda handler, prompt, number: handler.good()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    made = Server()
-    yield made
-    made.shutdown()
-    made.server_close()
-
 
 def a_run(tmp_path: Path, address: str, texts: list[str] = TEXTS, **judge: Any) -> Run:
     source = tmp_path / "p.txt"
@@ -173,6 +95,8 @@ def closes(handler: Handler, prompt: str) -> None:
 
 
 HALF = b'{"choices": [{"message": {"content": "{\\"clarity\\": 9, '
+#: What the server does to one request: it gets the handler and the prompt.
+Act = Callable[[Handler, str], None]
 #: Trouble of the way: the question is asked again, and then answered.
 PASSING: dict[str, Act] = {
     "429": lambda handler, _: handler.send(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0"}),

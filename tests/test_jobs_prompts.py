@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 
-from jobs.prompts import Prompts, rows
+from jobs.prompts import Prompts, rows, texts
 from jobs.world.scenes import parse
 
 
 def held_out(seed: int) -> list[str]:
     settings = Prompts(source="embedded", least_specificity=0, least_clarity=0, near=None, held_out=0.2)
-    table = rows(settings, seed)
+    table = rows(settings, seed, texts(settings, seed))
     assert table.num_rows == 180 and set(table["split"].to_pylist()) == {"train", "eval"}
     return [text for text, split in zip(*(table[c].to_pylist() for c in ("text", "split")), strict=True)
             if split == "eval"]  # fmt: skip
