@@ -213,7 +213,8 @@ def check_url(url: str) -> str:
     """``url`` if questions can be sent there; what it says of keys stays out of the error."""
     try:
         parts = urlsplit(url)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isascii() and url.isprintable()
+        fine = fine and " " not in url
         _ = parts.port
     except ValueError:
         fine = False

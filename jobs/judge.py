@@ -74,6 +74,14 @@ class Judge(Settings):
             )
         return name
 
+    @field_validator("options")
+    @classmethod
+    def _ours(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in ("messages", "stream", "n", "model"):
+            if name in options:
+                raise WinnowError(f"prompts.judge.options.{name}: is not free to choose; remove it")
+        return options
+
     @model_validator(mode="after")
     def _complete(self) -> Judge:
         needed = {"rules": (), "endpoint": ("url", "model"), "local": ("model",)}[self.kind]

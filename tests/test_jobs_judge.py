@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import recipe as recipes
-from jobs.endpoint import Endpoint
+from jobs.answers import Task, answers
+from jobs.endpoint import Endpoint, Reply
 from jobs.judge import QUESTION, grades, question, quoted
 from jobs.prompts import prompts
 from jobs.run import Run
@@ -80,14 +81,16 @@ def too_slow(handler: Handler, prompt: str) -> None:
 
 
 def dripping(handler: Handler, prompt: str) -> None:
-    """Each packet comes in time, and the answer never ends."""
+    """Each packet comes in time, and all of them too late."""
+    body = json.dumps({"choices": [{"message": {"content": '{"clarity": 8, "specificity": 7}'}}]}).encode()
     handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
+    handler.send_header("Content-Length", str(12 + len(body)))
     handler.end_headers()
     for _ in range(12):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
+    handler.wfile.write(body)
 
 
 def closes(handler: Handler, prompt: str) -> None:
@@ -408,6 +411,8 @@ def test_the_key_is_nowhere(
         ({"url": f"file:///etc/{KEY}"}, "url: not an address"),
         ({"url": "http://localhost:port/v1"}, "url: not an address"),
         ({"api_key": KEY}, "unknown key 'prompts.judge.api_key'; allowed keys: kind, url"),
+        ({"url": "http://exämple/v1"}, "url: not an address"),
+        ({"options": {"stream": True}}, "prompts.judge.options.stream: is not free to choose"),
         ({"url": None}, "'endpoint' needs prompts.judge.url"),
         ({"model": ""}, "'endpoint' needs prompts.judge.model"),
         ({"kind": "oracle"}, "'rules', 'endpoint' or 'local'"),
@@ -420,6 +425,66 @@ def test_wrong_settings_say_so_without_the_key(
     with pytest.raises(WinnowError) as caught:
         prompts(a_run(tmp_path, "http://127.0.0.1:9/v1", **judge))
     assert said in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_the_key_is_not_in_a_traceback(server: Server, tmp_path: Path, winnow: Callable[..., Any]) -> None:
+    server.act = lambda handler, prompt, number: handler.send(401, handler.headers["Authorization"].encode())
+    (tmp_path / "p.txt").write_text("\n".join(TEXTS))
+    judge = json.dumps({"kind": "endpoint", "url": server.url, "model": "m", "key_env": "JUDGE_KEY"})
+    said = winnow("prompts", "--store", tmp_path / "s", "--source", tmp_path / "p.txt", "--set",
+                  f"prompts.judge={judge}", "--debug")  # fmt: skip
+    assert said.status == 2 and "Traceback" in said.err and "HTTP 401; check the key in JUDGE_KEY" in said.err
+    assert KEY not in said.err + said.out and server.seen[0][1] == f"Bearer {KEY}"
+
+
+class Mortal:
+    """A model that ends with an error after some answers."""
+
+    name, revision = "mortal", "1"
+
+    def __init__(self, lives: int) -> None:
+        self.lives, self.asked = lives, []
+
+    def __call__(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply]]:
+        for i, asked in reversed(list(enumerate(questions))):  # in any order
+            if len(self.asked) == self.lives:
+                raise KeyboardInterrupt
+            self.asked.append(asked)
+            yield i, Reply('{"clarity": 5, "specificity": 5}')
+
+
+def test_an_error_half_way_keeps_what_was_answered(tmp_path: Path) -> None:
+    run = Run(create(tmp_path / "store"), recipes.load("embedded"))
+    task = Task("judge", str.upper, grades)
+    texts = [f"text {i}" for i in range(150)]
+    first, second = Mortal(100), Mortal(1000)
+    with pytest.raises(KeyboardInterrupt):
+        answers(run, task, first, texts)
+    assert len(rows(run.store, "SELECT * FROM answers")) == 100 and not verify(run.store).notes
+    made = answers(run, task, second, texts)
+    assert [row["text"] for row in made] == texts
+    assert len(second.asked) == 50 and {*first.asked, *second.asked} == {text.upper() for text in texts}
+    # Another question is another judge.
+    assert len(answers(run, Task("judge", str.title, grades), third := Mortal(1000), texts)) == 150
+    assert len(third.asked) == 150
+
+
+def test_two_runs_that_asked_the_same_do_not_block_the_next(tmp_path: Path) -> None:
+    """Both were killed before they sealed: one answer to each question counts, and no part is lost."""
+    task = Task("judge", str.upper, grades)
+    texts = [f"text {i}" for i in range(30)]
+    stores = [create(tmp_path / name) for name in ("one", "two")]
+    for store, some in zip(stores, (texts[:20], texts[10:25]), strict=True):
+        answers(Run(store, recipes.load("embedded")), task, Mortal(1000), some)
+    one, two = (store / "tables" / "answers" for store in stores)
+    for path in two.rglob("*.parquet"):
+        path.rename(one / path.relative_to(two).parent / path.name)
+    for path in (stores[0] / "snapshots").iterdir():
+        path.unlink()
+    run, last = Run(stores[0], recipes.load("embedded")), Mortal(1000)
+    made = answers(run, task, last, texts)
+    assert [row["text"] for row in made] == texts and len(last.asked) in (10, 15)
+    assert verify(run.store).ok and len(rows(run.store, "SELECT * FROM answers")) == 30
 
 
 @given(st.text())
