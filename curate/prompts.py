@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +17,14 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from curate import duplicates
 from curate.arrays import Float64s, Ints, vector
 from curate.balance import balanced
-from curate.clusters import representatives
 from curate.wording import clarity, defect, faults, normalise, specificity
 from schemas.errors import WinnowError
 
 #: Clarity and specificity of each text; as a third, if any, why a text could not be judged, "" where it was.
 Judge = Callable[[Sequence[str]], tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, Sequence[str]]]
 Embed = Callable[[Sequence[str]], ArrayLike]
+
+HELD = 7  # words of a benchmark's prompt that make it known within a longer text
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,31 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.9) -> Ints:
 
 
 def blocklisted(texts: Sequence[str], benchmark: Sequence[str], threshold: float = 0.8) -> Ints:
-    """The benchmark text that a text equals or nearly repeats, -1 where none: [N]. Training on such a prompt
-    would make the benchmark's figures worthless."""
+    """The benchmark text that a text equals, nearly repeats or holds, -1 where none: [N]. Training on such a prompt
+    would make the benchmark's figures worthless.
+
+    Held is one of HELD words or more that stands in the text word for word, as users do who add a style to it; a
+    shorter one ("a photo of a bear") stands in many prompts that owe it nothing.
+    """
     exact = {_key(text): j for j, text in reversed(list(enumerate(benchmark)))}
     near = duplicates.match_text(texts, benchmark, threshold)[0]
-    return np.array([exact.get(_key(text), j) for text, j in zip(texts, near, strict=True)], dtype=np.int64)
+    starts: defaultdict[tuple[str, ...], list[tuple[list[str], int]]] = defaultdict(list)
+    for key, j in exact.items():
+        if len(words := key.split()) >= HELD:
+            starts[tuple(words[:HELD])].append((words, j))
+
+    def found(text: str, near: int) -> int:
+        key = _key(text)
+        if key in exact or near >= 0:
+            return exact.get(key, near)
+        words = key.split()
+        for at in range(len(words) - HELD + 1):
+            for other, j in starts.get(tuple(words[at : at + HELD]), ()):
+                if words[at : at + len(other)] == other:
+                    return j
+        return -1
+
+    return np.array([found(text, int(j)) for text, j in zip(texts, near, strict=True)], dtype=np.int64)
 
 
 def hashed_tfidf(texts: Sequence[str], dim: int = 128, seed: int = 0) -> Float64s:
@@ -84,14 +105,6 @@ def hashed_tfidf(texts: Sequence[str], dim: int = 128, seed: int = 0) -> Float64
         vectors[:, :size] = TruncatedSVD(size, n_iter=2, random_state=seed).fit_transform(counts)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9)
-
-
-def diverse(embeddings: ArrayLike, k: int, seed: int = 0) -> tuple[Ints, Ints]:
-    """k-means over embeddings [N, D]; of each cluster the prompt nearest to its centre is chosen.
-
-    Returns cluster [N] and exactly min(k, distinct rows) chosen indices, chosen[c] in cluster c.
-    """
-    return representatives(embeddings, k, seed)
 
 
 def curate(

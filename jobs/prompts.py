@@ -107,7 +107,7 @@ def texts(settings: Prompts, seed: int) -> list[Text]:
     if settings.source is not None:
         name = label(settings.source)
         read_ = sources.rows(settings.source, settings.column, column, settings.limit)
-        found = [Text(text, name, category) for text, category in read_]
+        found = [Text(text, name, category.strip()) for text, category in read_]
     return found + [Text(text, f"template: {template}") for text, template in filled(settings.expand, seed)]
 
 
