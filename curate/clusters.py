@@ -5,9 +5,12 @@ from __future__ import annotations
 import faiss
 import numpy as np
 from numpy.typing import ArrayLike
+from sklearn.cluster import kmeans_plusplus
 
 from curate.arrays import Floats, Ints, matrix
 from schemas.errors import WinnowError
+
+SPREAD = 10_000_000  # rows times centres up to which k-means begins from spread centres
 
 
 def kmeans(features: ArrayLike, k: int, seed: int = 0) -> Ints:
@@ -52,7 +55,10 @@ def _centred(x: Floats) -> Floats:
 
 def _train(x: Floats, k: int, seed: int) -> faiss.Kmeans:
     run = faiss.Kmeans(x.shape[1], k, niter=20, seed=seed, min_points_per_centroid=1)
-    run.train(x)
+    # Drawn by chance alone, two centres may begin in one group and none in another, and stay there. Among many
+    # thousands that matters little, and choosing them well takes longer than all the steps.
+    well = len(x) * k <= SPREAD
+    run.train(x, init_centroids=kmeans_plusplus(x, k, random_state=seed)[0] if well else None)
     return run
 
 

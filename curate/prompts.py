@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,15 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from curate import duplicates
 from curate.arrays import Float64s, Ints, vector
-from curate.clusters import representatives
+from curate.balance import balanced
 from curate.wording import clarity, defect, faults, normalise, specificity
 from schemas.errors import WinnowError
 
-Judge = Callable[[Sequence[str]], tuple[ArrayLike, ArrayLike]]
+#: Clarity and specificity of each text; as a third, if any, why a text could not be judged, "" where it was.
+Judge = Callable[[Sequence[str]], tuple[ArrayLike, ArrayLike] | tuple[ArrayLike, ArrayLike, Sequence[str]]]
 Embed = Callable[[Sequence[str]], ArrayLike]
+
+HELD = 7  # words of a benchmark's prompt that make it known within a longer text
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,31 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.9) -> Ints:
 
 
 def blocklisted(texts: Sequence[str], benchmark: Sequence[str], threshold: float = 0.8) -> Ints:
-    """The benchmark text that a text equals or nearly repeats, -1 where none: [N]. Training on such a prompt
-    would make the benchmark's figures worthless."""
+    """The benchmark text that a text equals, nearly repeats or holds, -1 where none: [N]. Training on such a prompt
+    would make the benchmark's figures worthless.
+
+    Held is one of HELD words or more that stands in the text word for word, as users do who add a style to it; a
+    shorter one ("a photo of a bear") stands in many prompts that owe it nothing.
+    """
     exact = {_key(text): j for j, text in reversed(list(enumerate(benchmark)))}
     near = duplicates.match_text(texts, benchmark, threshold)[0]
-    return np.array([exact.get(_key(text), j) for text, j in zip(texts, near, strict=True)], dtype=np.int64)
+    starts: defaultdict[tuple[str, ...], list[tuple[list[str], int]]] = defaultdict(list)
+    for key, j in exact.items():
+        if len(words := key.split()) >= HELD:
+            starts[tuple(words[:HELD])].append((words, j))
+
+    def found(text: str, near: int) -> int:
+        key = _key(text)
+        if key in exact or near >= 0:
+            return exact.get(key, near)
+        words = key.split()
+        for at in range(len(words) - HELD + 1):
+            for other, j in starts.get(tuple(words[at : at + HELD]), ()):
+                if words[at : at + len(other)] == other:
+                    return j
+        return -1
+
+    return np.array([found(text, int(j)) for text, j in zip(texts, near, strict=True)], dtype=np.int64)
 
 
 def hashed_tfidf(texts: Sequence[str], dim: int = 128, seed: int = 0) -> Float64s:
@@ -83,24 +107,18 @@ def hashed_tfidf(texts: Sequence[str], dim: int = 128, seed: int = 0) -> Float64
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9)
 
 
-def diverse(embeddings: ArrayLike, k: int, seed: int = 0) -> tuple[Ints, Ints]:
-    """k-means over embeddings [N, D]; of each cluster the prompt nearest to its centre is chosen.
-
-    Returns cluster [N] and exactly min(k, distinct rows) chosen indices, chosen[c] in cluster c.
-    """
-    return representatives(embeddings, k, seed)
-
-
 def curate(
     texts: Sequence[str], *, keep: int | None = None, longest: int = 1000, least_clarity: float = 0.5,
     least_specificity: float = 0.25, near: float | None = 0.9, benchmark: Sequence[str] = (),
-    benchmark_near: float = 0.8, judge: Judge = judge_by_rules, embed: Embed = hashed_tfidf, seed: int = 0,
+    benchmark_near: float = 0.8, judge: Judge = judge_by_rules, embed: Embed = hashed_tfidf,
+    categories: Sequence[str] | None = None, seed: int = 0,
 ) -> list[Prompt]:  # fmt: skip
     """One Prompt for each text, in order; the cheap tests run first and the judge sees only what they leave.
 
     keep: how many to keep at most, chosen for diversity; None keeps all that pass. near: similarity of near
     duplicates, None allows them. judge: texts -> clarity [n] and specificity [n], in the unit of the least
-    values. embed: texts -> [n, D].
+    values; what it could not judge is dropped. embed: texts -> [n, D]. categories: one of
+    each text; what is kept is then shared over them as evenly as they reach.
     """
     if not texts:
         raise WinnowError("no prompts came: give 1 or more")
@@ -109,6 +127,8 @@ def curate(
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise WinnowError(f"prompt {i} is {text!r}: give text")
+    if categories is not None and len(categories) != len(texts):
+        raise WinnowError(f"{len(categories)} categories for {len(texts)} prompts: give one for each")
     clean = [normalise(text) for text in texts]
     reason = [defect(text, longest) or "" for text in texts]
     cluster = np.full(len(texts), -1, dtype=np.int64)
@@ -127,11 +147,13 @@ def curate(
     rows = left()
     drop(exact_duplicates([clean[i] for i in rows]), lambda j: f"duplicate of {_short(clean[rows[j]])}")
     if rows := left():
-        clear, specific = (
-            vector("judge's scores", column, rows=len(rows)) for column in judge([clean[i] for i in rows])
-        )
-        for i, c, s in zip(rows, clear, specific, strict=True):
-            if c < least_clarity:
+        judged = judge([clean[i] for i in rows])
+        clear, specific = (vector("judge's scores", column, rows=len(rows)) for column in judged[:2])
+        problems = judged[2] if len(judged) == 3 else [""] * len(rows)
+        for i, c, s, problem in zip(rows, clear, specific, problems, strict=True):
+            if problem:
+                reason[i] = f"not judged: {problem}"
+            elif c < least_clarity:
                 why = f" ({', '.join(faults(clean[i]))})" if judge is judge_by_rules else ""
                 reason[i] = f"unclear: {c:.2f} < {least_clarity:g}{why}"
             elif s < least_specificity:
@@ -144,12 +166,16 @@ def curate(
         )
     rows = left()
     if keep is not None and rows:
-        member, chosen = diverse(embed([clean[i] for i in rows]), keep, seed)
+        kinds = [categories[i] for i in rows] if categories is not None else [""] * len(rows)
+        member, chosen, share = balanced(embed([clean[i] for i in rows]), kinds, keep, seed)
         cluster[rows] = member
-        for i, c in zip(rows, member, strict=True):
-            head = rows[chosen[c]]
-            if i != head:
-                reason[i] = f"cluster {c} is represented by {_short(clean[head])}"
+        count = Counter(kinds)
+        for i, c, kind in zip(rows, member, kinds, strict=True):
+            why = f"{kind!r} keeps {share[kind]} of {count[kind]}: " if categories is not None else ""
+            if c < 0:
+                reason[i] = f"{why}no place is left for it"
+            elif i != rows[chosen[c]]:
+                reason[i] = f"{why}cluster {c} is represented by {_short(clean[rows[chosen[c]]])}"
     return [
         Prompt(*row) for row in zip(clean, [not why for why in reason], reason, cluster.tolist(), strict=True)
     ]

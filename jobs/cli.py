@@ -70,10 +70,10 @@ def _setting(text: str) -> tuple[list[str], Any]:
 def prompts(
     recipe: RecipeName = RECIPE,
     store: StorePath = STORE,
-    source: Annotated[str | None, typer.Option(help="A file of prompts, or 'embedded'.")] = None,
+    source: Annotated[str | None, typer.Option(help="A file or folder, hub:org/name, or 'embedded'.")] = None,
     set: Set = None,
 ) -> None:
-    """Curate prompts from a text, TSV, CSV, JSONL or Parquet file."""
+    """Curate prompts from a text, TSV, CSV, JSONL or Parquet file, or a dataset of the Hub."""
     from jobs.prompts import prompts as stage
 
     sets = [*(set or []), *([f"prompts.source={json.dumps(source)}"] if source else [])]

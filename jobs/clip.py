@@ -1,7 +1,8 @@
-"""Any open_clip model: image features, and the cosine of image and text."""
+"""Any open_clip model: image features, text features, and the cosine of image and text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ class Clip:
         pixels = torch.stack([preprocess(image.convert("RGB")) for image in images]).to(device)
         with devices.exact():
             return normalize(model.encode_image(pixels), dim=-1).cpu().numpy()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit text features, float32 [N, D], of what the context holds of each text."""
+        model, _, tokenize, device = self.loaded
+        return normalize(model.encode_text(tokenize(list(texts)).to(device)), dim=-1).cpu().numpy()
 
     @torch.no_grad()
     def score(self, images: list[Image.Image], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,8 @@ class Pretrained:
         self.local = Path(name).expanduser().is_dir()
         if not self.local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise WinnowError(f"{what}: no such folder; give a model's folder or a Hub id 'org/name'")
+        if self.local and weights and not (Path(name).expanduser() / "config.json").is_file():
+            raise WinnowError(f"{what}: the folder has no config.json; give a folder that transformers wrote")
         self.revision = digest(Path(name).expanduser()) if self.local else hub.revision(name, f"{what}:")
 
     @cached_property

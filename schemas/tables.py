@@ -80,7 +80,7 @@ TABLES: dict[str, Table] = {
         _table(
             "prompts", key="prompt_id", finite="",
             columns="prompt_id:int64 text:string source:string split:string cluster:int32? kept:bool "
-            "reason:string?",
+            "reason:string? category:string?",
         ),
         _table(
             "samples", key="sample_id", finite="",
@@ -121,6 +121,11 @@ TABLES: dict[str, Table] = {
         _table(
             "shards", key="path", finite="",
             columns="selection:string round:int32 path:string rows:int64 bytes:int64 sha256:string",
+        ),
+        _table(
+            "answers", key="text_id revision", finite="",
+            columns="text_id:int64 task:string text:string model:string revision:string clarity:int32? "
+            "specificity:int32? reply:string? problem:string?",
         ),
     )
 }  # fmt: skip

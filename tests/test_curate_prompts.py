@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate import prompts
+from curate.clusters import representatives
 from curate.duplicates import by_text, match_text
 from curate.wording import clarity, defect, faults, normalise, specificity
 from schemas.errors import WinnowError
@@ -93,6 +94,20 @@ def test_duplicates_of_each_kind() -> None:
     assert prompts.blocklisted(["a cat", "an unseen dog"], ["a dog", "A CAT!"]).tolist() == [1, -1]
 
 
+def test_a_benchmark_prompt_with_something_added_is_known() -> None:
+    known = ["A squirrel gives an apple to a bird", "a photo of a bear", "an owl, on a bough, by a lake, at dawn"]
+    texts = [
+        "a squirrel gives an apple to a bird, bird feathers, by Durer, oil on canvas, trending, 8k, ultra sharp",
+        "photo: A Squirrel gives an apple to a bird!",
+        "a squirrel gives an apple to a bear",
+        "A photo of a bear sitting in a car with leather seats",
+        "the sign of an owl on a bough by a lake at dawn in fog and rain over hills of green grass and red sand",
+        "an owl on a bough by a lake at dusk in fog and rain, hills",
+    ]
+    assert prompts.blocklisted(texts, known).tolist() == [0, 0, -1, -1, 2, -1]
+    assert prompts.curate(texts, benchmark=known)[0].reason == f"benchmark prompt: '{known[0]}'"
+
+
 def jaccard(a: str, b: str) -> float:
     def runs(text: str) -> Counter[str]:
         words = text.split()
@@ -130,20 +145,20 @@ def test_diverse_chooses_exactly_as_many_as_asked() -> None:
     rng = np.random.default_rng(0)
     points = np.repeat(rng.normal(size=(40, 3)), 2, axis=0) + 1000
     for k in (1, 7, 39, 40, 500):
-        cluster, chosen = prompts.diverse(points, k)
+        cluster, chosen = representatives(points, k)
         assert len(chosen) == len(set(chosen)) == min(k, 40)
         assert len({points[i].tobytes() for i in chosen}) == min(k, 40)
         np.testing.assert_array_equal(cluster[chosen], np.arange(len(chosen)))
         np.testing.assert_array_equal(cluster[::2], cluster[1::2])
-        np.testing.assert_array_equal(prompts.diverse(points, k)[1], chosen)
+        np.testing.assert_array_equal(representatives(points, k)[1], chosen)
     with pytest.raises(WinnowError, match="give 1 or more"):
-        prompts.diverse(points, 0)
+        representatives(points, 0)
 
 
 def test_diverse_covers_every_mode() -> None:
     rng = np.random.default_rng(1)
     mode = np.repeat(np.arange(5), [200, 50, 20, 5, 1])
-    cluster, chosen = prompts.diverse(rng.normal(size=(276, 8)) * 0.01 + np.eye(8)[mode], 40)
+    cluster, chosen = representatives(rng.normal(size=(276, 8)) * 0.01 + np.eye(8)[mode], 40)
     assert set(mode[chosen]) == set(range(5))
     assert all(mode[i] == mode[chosen[cluster[i]]] for i in range(276))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import World
 
 from jobs.cli import app
@@ -115,3 +116,10 @@ def test_python_snippets_run(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", blocks(README, "yaml"))
+def test_recipe_snippets_load(text: str) -> None:
+    from jobs import recipe as recipes
+
+    recipes.override(recipes.load("embedded"), [([key], value) for key, value in yaml.safe_load(text).items()])

@@ -222,7 +222,7 @@ def test_a_model_of_another_kind_is_refused(eyes: dict[str, Path], tmp_path: Pat
         encoder(f"dinov2:{eyes['clip']}").encode(pictures(), [""] * 5)
     with pytest.raises(WinnowError, match=r"encoder 'siglip:/no/such': no such folder"):
         encoder("siglip:/no/such")
-    with pytest.raises(WinnowError, match=r"encoder 'clip:.*': cannot be loaded"):
+    with pytest.raises(WinnowError, match=r"encoder 'clip:.*': the folder has no config.json"):
         encoder(f"clip:{tmp_path}").encode(pictures(), [""] * 5)
 
 

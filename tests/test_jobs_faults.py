@@ -394,7 +394,7 @@ def test_a_lone_surrogate_is_dropped_with_its_reason(winnow: Winnow, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
 def test_every_kind_of_prompt_file_gives_the_same_prompts(tmp_path: Path, kind: str) -> None:
-    from jobs.prompts import read
+    from jobs.sources import read
 
     texts = ["a red fox, sleeping", 'a sign that says "open"', "ein Bär im Wald", "a\tboat"]
     if kind == "tsv":
@@ -416,7 +416,7 @@ def test_every_kind_of_prompt_file_gives_the_same_prompts(tmp_path: Path, kind: 
 
 
 def test_a_quoted_text_may_go_on_in_the_next_line(tmp_path: Path) -> None:
-    from jobs.prompts import read
+    from jobs.sources import read
 
     (tmp_path / "p.csv").write_bytes(b'text,n\r\n"a red fox\r\nin the snow",1\r\na bird,2\r\n')
     assert [" ".join(text.split()) for text in read(str(tmp_path / "p.csv"))] == ["a red fox in the snow", "a bird"]
