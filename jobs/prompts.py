@@ -16,13 +16,13 @@ from curate.prompts import Judge as Judging
 from curate.prompts import curate, judge_by_rules
 from curate.wording import normalise
 from jobs import sources
-from jobs.expand import Expand, filled, variants
-from jobs.judge import Judge, judging, model
+from jobs.language.expand import Expand, filled, variants
+from jobs.language.judge import Judge, judging, model
+from jobs.language.texts import TextEncoderName, text_encoder
 from jobs.progress import say
 from jobs.run import Run
 from jobs.sources import label
 from jobs.stage import complete, units
-from jobs.texts import TextEncoderName, text_encoder
 from schemas.errors import WinnowError
 from schemas.ids import digest, sample_id
 from schemas.settings import Settings
@@ -52,9 +52,9 @@ class Balance(Settings):
 class Prompts(Settings):
     """``source``: see `jobs.sources.rows`; null for templates alone. ``limit``: texts that are read of it at most.
     ``benchmark``: a source of prompts that must not be trained on. ``keep``: how many prompts stay, the nearest to as
-    many k-means centres; null keeps all that pass. ``encoder``: of the space for that, see `jobs.texts`; null for
-    features that need no model. ``held_out``: the share of them that is for evaluation only. ``near``: similarity of
-    near duplicates, null to allow them."""
+    many k-means centres; null keeps all that pass. ``encoder``: of the space for that, see `jobs.language.texts`; null
+    for features that need no model. ``held_out``: the share of them that is for evaluation only. ``near``: similarity
+    of near duplicates, null to allow them."""
 
     source: str | None = "embedded"
     column: str = "text"

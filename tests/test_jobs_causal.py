@@ -8,9 +8,9 @@ import pytest
 from conftest import rows, sets
 
 from jobs import recipe as recipes
-from jobs.causal import Causal
-from jobs.endpoint import Reply
-from jobs.judge import question
+from jobs.language.causal import Causal
+from jobs.language.endpoint import Reply
+from jobs.language.judge import question
 from jobs.prompts import prompts
 from jobs.run import Run
 from schemas.errors import WinnowError

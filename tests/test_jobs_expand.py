@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import recipe as recipes
-from jobs.expand import Expand, filled, question, strings
+from jobs.language.expand import Expand, filled, question, strings
 from jobs.prompts import prompts
 from jobs.run import Run
 from schemas.errors import WinnowError

@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import recipe as recipes
-from jobs.answers import Task, answers
-from jobs.endpoint import Endpoint, Reply
-from jobs.judge import QUESTION, grades, question, quoted
+from jobs.language.answers import Task, answers
+from jobs.language.endpoint import Endpoint, Reply
+from jobs.language.judge import QUESTION, grades, question, quoted
 from jobs.prompts import prompts
 from jobs.run import Run
 from schemas.errors import WinnowError

@@ -8,9 +8,9 @@ import pytest
 from conftest import WORDS, rows, sets
 
 from jobs import recipe as recipes
+from jobs.language.texts import text_encoder
 from jobs.prompts import prompts
 from jobs.run import Run
-from jobs.texts import text_encoder
 from schemas.errors import WinnowError
 from storage.layout import create
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.endpoint import Down, Reply
+from jobs.language.endpoint import Down, Reply
 from jobs.progress import bar
 from jobs.run import Run
 from schemas.errors import WinnowError

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from jobs.endpoint import Reply
+from jobs.language.endpoint import Reply
 from jobs.pretrained import Pretrained
 from schemas.ids import digest
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from jobs.answers import Model, Task, answers
-from jobs.judge import objects, quoted
+from jobs.language.answers import Model, Task, answers
+from jobs.language.judge import objects, quoted
 from jobs.progress import say
 from jobs.run import Run
 from schemas.errors import WinnowError

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from curate.prompts import Judge as Judging
 from curate.prompts import judge_by_rules
-from jobs.answers import Model, Task, answers
-from jobs.endpoint import Endpoint, check_url
+from jobs.language.answers import Model, Task, answers
+from jobs.language.endpoint import Endpoint, check_url
 from jobs.run import Run
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -103,7 +103,7 @@ def model(settings: Judge, longest: int | None = None) -> Model:
             longest=longest, timeout=settings.timeout, tries=settings.tries, backoff=settings.backoff,
             in_flight=settings.in_flight,
         )  # fmt: skip
-    from jobs.causal import Causal
+    from jobs.language.causal import Causal
 
     return Causal(settings.model, longest=longest, batch=settings.batch)
 

@@ -1,0 +1,1 @@
+"""Language models and text encoders at work on prompts: to judge them, to vary them, to tell them apart."""
