@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study lint lock clean
+.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ demo: $(READY) ## set up, run both arms of the embedded default, write a report 
 	$(WINNOW) demo --store $(STORE) $(ARGS)
 
 test: $(READY) ## set up and run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 prompts: $(READY) ## curate prompts (ARGS="--source prompts.txt")
 	$(WINNOW) prompts $(IN)
@@ -75,6 +75,9 @@ base: $(READY) ## build the models of the embedded default (DATA=mnist_train.npz
 	$(WINNOW) base --data "$(DATA)" $(ARGS)
 study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
 	$(WINNOW) study $(ARGS)
+
+bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
+	$(VENV)/bin/python -m bench $(ARGS)
 
 lint: $(READY) ## check the style and the direction of the imports
 	$(VENV)/bin/ruff check .

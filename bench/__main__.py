@@ -1,0 +1,44 @@
+"""Run every benchmark and write results/bench.json and results/bench.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import generation
+from jobs.study import machine
+
+SUITES = {"generation": generation.run}
+
+
+def main(names: list[str], out: Path) -> None:
+    """Run the named suites (all without a name); results of others stay in the files."""
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    file = out / "bench.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name in names or SUITES:
+        load = os.getloadavg()[0]
+        found[name] = {"machine": machine(), "load_before": round(load, 2), "rows": [asdict(r) for r in SUITES[name]()]}
+        for row in found[name]["rows"]:
+            print(f"{row['name']}: {row['ratio']:.3f} ({row['what']})", flush=True)
+    out.mkdir(exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    lines = ["# Benchmarks", "", "Made by `make bench`: medians over turns, ours and theirs in one run.", ""]
+    lines += ["| | what | ours, s | theirs, s | ours / theirs | from – to |", "|---|---|---|---|---|---|"]
+    for suite in found.values():
+        for r in suite["rows"]:
+            lines.append(
+                f"| {r['name']} | {r['what']} | {r['ours']:.3g} | {r['theirs']:.3g} | {r['ratio']:.3f} | "
+                f"{r['low']:.3f} – {r['high']:.3f} |"
+            )
+    lines += ["", *(f"`{name}` on {suite['machine']}." for name, suite in found.items())]
+    (out / "bench.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], Path("results"))
