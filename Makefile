@@ -61,11 +61,11 @@ plan: $(READY) ## say what a run will take: images, disk and GPU-hours (RECIPE=s
 
 ASK := SELECT round, arm, verdict, reason FROM rounds ORDER BY arm, round
 report: $(READY) ## write report.html and summary.json into the store
-	$(WINNOW) report $(IN)
+	$(WINNOW) report --store $(STORE) $(ARGS)
 sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
-	$(WINNOW) sql --store $(STORE) $(ARGS) '$(if $(Q),$(Q),$(ASK))'
+	$(WINNOW) sql --store $(STORE) $(ARGS) '$(subst ','\'',$(if $(Q),$(Q),$(ASK)))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
-	$(WINNOW) explain $(IN) $(ID)
+	$(WINNOW) explain --store $(STORE) $(ARGS) $(ID)
 replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)
 	$(WINNOW) replay --store $(STORE) $(ARGS) $(ID)
 verify: $(READY) ## check every sealed part against its SHA-256 and schema

@@ -15,5 +15,5 @@ def digest(path: Path) -> str:
     for file in files:
         with open(file, "rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{file.relative_to(path.parent).as_posix()} {content}\n".encode())
+        total.update(f"{file.relative_to(path).as_posix()} {content}\n".encode())
     return total.hexdigest()[:16]

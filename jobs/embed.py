@@ -59,15 +59,23 @@ def _work(run: Run, name: str, loaded: Encoder) -> Work:
 
 def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids int64 [N] and vectors float32 [N, D] of a split, in the order of ``samples.of``."""
-    found = run.query(
-        "SELECT sample_id, vector FROM embeddings JOIN samples USING (sample_id) WHERE encoder = $encoder "
-        "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
-        encoder=encoder, round=run.round, arm=run.arm, split=split,
-    )  # fmt: skip
-    if not found.num_rows:
+    where = {"encoder": encoder, "round": run.round, "arm": run.arm, "split": split}
+    joined = (
+        "FROM embeddings JOIN samples USING (sample_id) WHERE encoder = $encoder "
+        "AND samples.round = $round AND arm = $arm AND split = $split"
+    )
+    numbers = run.query(f"SELECT sample_id {joined} ORDER BY prompt_id, sample_id", **where)["sample_id"].to_numpy()
+    if not len(numbers):
         raise WinnowError(
             f"embeddings: round {run.round} of arm {run.arm!r} has no {split} vectors of {encoder!r}; add it to "
             "embed.encoders and run 'winnow embed'"
         )
-    flat = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return found["sample_id"].to_numpy(), flat.reshape(found.num_rows, -1).astype(np.float32)
+    # Sorting rows with their vectors would need them all in memory twice: each goes to its place as it comes.
+    place = {number: i for i, number in enumerate(numbers.tolist())}
+    vectors = np.empty((0, 0), np.float32)
+    for batch in run.stream(f"SELECT sample_id, vector {joined}", **where):
+        flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+        if not len(vectors):
+            vectors = np.empty((len(numbers), flat.shape[1]), np.float32)
+        vectors[[place[number] for number in batch["sample_id"].to_pylist()]] = flat
+    return numbers, vectors

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
-from schemas.errors import WinnowError
+from jobs.sealed import recipe_of, sample_row
 
 
-def explain(run: Run, sample: int) -> str:
+def explain(store: Path, sample: int) -> str:
     """Lines that tell where a sample comes from, how it scored, why it was kept or dropped and what it weighs."""
-    found = run.query("SELECT * EXCLUDE image FROM samples WHERE sample_id = $id", id=sample).to_pylist()
-    if not found:
-        raise WinnowError(f"sample {sample}: not in {run.store}; find ids with 'winnow sql \"FROM samples\"'")
-    row = found[0]
+    row = sample_row(store, sample)
+    run = Run(store, recipe_of(store, row))
     lines = [
         f"sample {sample}: {row['width']}×{row['height']}, {row['split']} sample of round {row['round']}, "
         f"arm {row['arm']}",

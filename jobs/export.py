@@ -33,6 +33,9 @@ SCHEMA = with_features(
 )
 
 
+GROUP = 100  # rows: what a reader must hold to show one
+
+
 class Export(Settings):
     """``accumulate``: train on the selections of all rounds so far, not on this one alone (arXiv 2404.01413).
     ``reference_share``: samples of D_0 for each selected one, of weight 1. ``rows``: rows a shard."""
@@ -78,10 +81,10 @@ def export(run: Run) -> None:
             some = samples.with_images(run, rows.slice(start, settings.rows))
             shard = some.rename_columns({"prompt": "text"}).select(SCHEMA.names).cast(SCHEMA)
             # Images are compressed already: plain pages, copied as they are stored.
-            pq.write_table(
-                shard, draft / f"train-{number:05d}.parquet", row_group_size=100, compression="none",
-                use_dictionary=False,
-            )  # fmt: skip
+            path = draft / f"train-{number:05d}.parquet"
+            with pq.ParquetWriter(path, SCHEMA, compression="none", use_dictionary=False) as writer:
+                for first in range(0, shard.num_rows, GROUP):
+                    writer.write_table(shard.slice(first, GROUP).combine_chunks())
 
     # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
     commit_folder(run.store, f"shards/{name}", write)

@@ -1,6 +1,6 @@
 """Families of text-to-image pipelines: what Stable Diffusion, SDXL, SD3 and FLUX do each in its own way.
 
-Everything else (generation, training, refinement) is written once, over these three things:
+Everything else (generation and training) is written once, over these three things:
 
     encode         texts -> what the model is told of them, a Condition
     unconditional  the Condition of no text, for guidance and for prompt dropout
@@ -27,14 +27,16 @@ JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 @dataclass(frozen=True)
 class Family:
-    """``denoiser``: the pipeline's attribute that is trained; ``lora``: its layers that LoRA adapts; ``guided``:
-    whether guidance takes a second, unconditional pass (FLUX is told its guidance instead)."""
+    """``denoiser``: the pipeline's attribute that is trained; ``lora``: its layers that LoRA adapts; ``patch``: a side
+    of latents must be a multiple of it; ``guided``: whether guidance takes a second, unconditional pass (FLUX is told
+    its guidance instead)."""
 
     denoiser: str
     encode: Callable[[Any, list[str]], Condition]
     unconditional: Callable[[Any], Condition]
     predict: Callable[[Any, Tensor, Tensor, Condition], Tensor]
     lora: tuple[str, ...]
+    patch: int = 1
     guided: bool = True
 
     def model(self, pipe: Any) -> Any:
@@ -113,8 +115,8 @@ def _nothing_flux(pipe: Any) -> Condition:
 FAMILIES = {
     "StableDiffusionPipeline": Family("unet", _encode_sd, _nothing_sd, _predict_sd, ATTENTION),
     "StableDiffusionXLPipeline": Family("unet", _encode_pooled, _nothing_pooled, _predict_sdxl, ATTENTION),
-    "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT),
-    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, guided=False),
+    "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT, 2),
+    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, 2, guided=False),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from jobs import models
+from jobs import devices, models
 from jobs.images import Format, encode, fault
 from jobs.progress import say
 from jobs.prompts import chosen
@@ -118,7 +118,12 @@ def sampler(model: str, settings: Generate) -> Sampler:
     from jobs.families import family
 
     pipe = models.load(model, getattr(torch, settings.dtype) if settings.dtype else None)
-    network = family(pipe).model(pipe)
+    kind = family(pipe)
+    network = kind.model(pipe)
+    fits = kind.patch * pipe.vae_scale_factor
+    for key, side in (("width", settings.width), ("height", settings.height)):
+        if side and side % fits:
+            raise WinnowError(f"generate.{key} is {side}: this model takes multiples of {fits}; give one")
     if pipe.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
@@ -174,7 +179,7 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
     apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column"}
-    making = settings.model_dump(mode="json", exclude=apart)
+    making = settings.model_dump(mode="json", exclude=apart) | {"dtype": settings.dtype or str(devices.dtype())}
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curate import guard as rule
+from jobs.progress import say
 from jobs.run import Run
 from jobs.stage import complete, units
 from jobs.train import trained_model
@@ -17,12 +18,11 @@ from schemas.tables import TABLES
 
 
 class Guard(Settings):
-    """``metric``: the evaluation that decides, never one that selects.
-    ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always goes on."""
+    """``metric``: the evaluation that decides, never one that selects. Fréchet distances count down, everything else
+    up. ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always goes on."""
 
     enabled: bool = True
     metric: str = "fd_real"
-    higher_is_better: bool = False
     diversity_floor: float = Field(0.6, ge=0, le=1)
     patience: int = Field(1, ge=0)
     min_rounds: int = Field(1, ge=0)
@@ -37,7 +37,7 @@ def history(run: Run) -> list[rule.Measure]:
         arm=run.arm, round=run.round, metric=settings.metric,
     )  # fmt: skip
     rows = {(row["round"], row["metric"]): row for row in found.to_pylist()}
-    sign = -1.0 if settings.higher_is_better else 1.0
+    sign = 1.0 if settings.metric.startswith("fd_") else -1.0
     measures = []
     for number in range(run.round + 1):
         deciding, spread = rows.get((number, settings.metric)), rows.get((number, "diversity"))
@@ -87,6 +87,10 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
     complete(run, "guard", "rounds", units("rounds", {"round": run.round, "arm": run.arm}, one, 1, spec), lambda: work)
     row = run.query("SELECT * FROM rounds WHERE round = $round AND arm = $arm", round=run.round, arm=run.arm)
     kept = row.to_pylist()[0]
+    if kept["verdict"] != "promote" and verdict.verdict == "promote":
+        # It ended for no other reason than that no more rounds were planned, and now there are.
+        say(f"round {run.round} of {run.arm}: {kept['verdict']} of {run.round} rounds, going on with {planned}")
+        return verdict
     return rule.Verdict(kept["verdict"], kept["best_round"], kept["reason"])
 
 

@@ -81,9 +81,14 @@ def _part(folder: Path, lead: str) -> Path:
     raise WinnowError(f"{lead} {folder} has neither vae/{CONFIG} nor, as an autoencoder's own folder, {CONFIG}")
 
 
+AT_ONCE = 2**20  # pixels
+
+
 @torch.no_grad()
-def encode(vae: Any, images: np.ndarray, batch: int = 64, scaled: bool = True) -> torch.Tensor:
+def encode(vae: Any, images: np.ndarray, scaled: bool = True) -> torch.Tensor:
     """uint8 [N, H, W, 3] → latent means, float32 [N, C, h, w] on the CPU; ``scaled``: (mean − shift) · factor."""
+    # An autoencoder's first layers hold 128 numbers a pixel: one image of 1024² is half a gigabyte in each of them.
+    batch = max(1, min(64, AT_ONCE // (images.shape[1] * images.shape[2])))
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     factor = getattr(vae.config, "scaling_factor", None) or 1.0
     parts = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,24 +86,50 @@ def _left_out(place: Path | str) -> dict[str, None]:
     return {name: None for name in ("text_encoder_3", "tokenizer_3") if not (index.get(name) or [None])[0]}
 
 
+@contextmanager
+def _gaps() -> Iterator[list[str]]:
+    """The weights that transformers draws at random since the files lack them: it only says so in its log."""
+    found: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            rows = (line.split("|") for line in record.getMessage().splitlines())
+            found.extend(row[0].strip() for row in rows if len(row) > 1 and "MISSING" in row[1])
+
+    ear, log = Ear(), logging.getLogger("transformers")
+    log.addHandler(ear)
+    try:
+        yield found
+    finally:
+        log.removeHandler(ear)
+
+
 def _pipeline(name: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
-    from diffusers.utils import deprecation_utils, logging
+    from diffusers.utils import deprecation_utils
+    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     place = locate(name)
     # Newer diffusers warn about the old name of the argument, older ones do not know the new one.
     word = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(place, **{word: dtype or devices.dtype()}, **_left_out(place))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        with _gaps() as gaps:
+            pipe = DiffusionPipeline.from_pretrained(place, **{word: dtype or devices.dtype()}, **_left_out(place))
+        pipe = pipe.to(devices.device())
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise WinnowError(f"model {name!r}: cannot be loaded ({reason}); check the folder or the Hub id") from error
+    if gaps:
+        more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
+        raise WinnowError(f"model {name!r}: weights are missing: {', '.join(gaps[:3])}{more}; restore the model")
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it blanks pictures; what may be asked for is settled by the prompts
-    return pipe.to(devices.device())
+    return pipe

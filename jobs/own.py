@@ -16,6 +16,7 @@ from PIL import Image
 
 from curate.wording import normalise
 from jobs.images import decode
+from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import Run
 from jobs.stage import Work, complete, units
@@ -62,12 +63,21 @@ def opened(source: str, column: str) -> Any:
                 f"generate.source {source!r}: no column {name!r}, it has {have}; set generate.column to the captions', "
                 "or give a folder's captions in its metadata.jsonl"
             )
-    return found.select_columns([IMAGE_COLUMN, column]).cast_column(IMAGE_COLUMN, ImageFeature(decode=False))
+    if getattr(found.features[column], "dtype", None) != "string":
+        raise WinnowError(f"generate.source {source!r}: column {column!r} holds no text; set generate.column")
+    found = found.select_columns([IMAGE_COLUMN, column])
+    try:
+        return found.cast_column(IMAGE_COLUMN, ImageFeature(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise WinnowError(f"generate.source {source!r}: column {IMAGE_COLUMN!r} holds no images ({error})") from error
 
 
-def _file(row: dict[str, Any]) -> bytes:
-    image = row[IMAGE_COLUMN]
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+def _file(images: Any, place: int, source: str) -> bytes:
+    image = images[place][IMAGE_COLUMN]
+    try:
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    except (OSError, TypeError) as error:
+        raise WinnowError(f"generate.source {source!r}: row {place} has no image ({error}); remove it") from error
 
 
 def take_in(run: Run, settings: Generate) -> bool:
@@ -80,7 +90,7 @@ def take_in(run: Run, settings: Generate) -> bool:
     for place, text in enumerate(images[settings.column]):
         text = normalise(text or "")  # as the prompts stage has it
         if text in numbers:
-            content = hashlib.sha256(_file(images[place])).hexdigest()
+            content = hashlib.sha256(_file(images, place, settings.source)).hexdigest()
             number = sample_id(["own", content, numbers[text], run.round, run.arm])
             rows.setdefault(
                 number, {"sample_id": number, "prompt_id": numbers[text], "prompt": text, "seed": 0, "place": place}
@@ -91,6 +101,7 @@ def take_in(run: Run, settings: Generate) -> bool:
             f"{settings.column!r}; give its captions as prompts.source"
         )
     table = pa.Table.from_pylist(list(rows.values()))
+    say(f"take in: {len(rows)} of {len(images)} images have a prompt of round {run.round} as their caption")
     folders = {"round": run.round, "arm": run.arm, "split": "train"}
     work = units("samples", folders, table, settings.batch, ["own", settings.source, run.round, run.arm])
     return complete(run, "take in", "samples", work, lambda: _work(run, settings.source or "", images))
@@ -103,7 +114,7 @@ def _work(run: Run, source: str, images: Any) -> Work:
         done = []
         for row in rows.to_pylist():
             place = row.pop("place")
-            file = _file(images[place])
+            file = _file(images, place, source)
             decode(file, f"generate.source {source!r} image {place}")
             with Image.open(io.BytesIO(file)) as image:
                 width, height, kind = image.width, image.height, (image.format or "bin").lower()

@@ -9,6 +9,7 @@ latents of Stable Diffusion, about 2 kB in CLIP).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +48,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _SD3,
     "black-forest-labs/FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
 }  # fmt: skip
+#: Weights of their text encoder and autoencoder: CLIP ViT-L/14's 123 M and 84 M.
+REST = {"CompVis/stable-diffusion-v1-4": 206_714_000}
 USUAL_VAE = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -117,13 +120,16 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
         "candidates": 0 if made.source else min(made.prompts or learned, learned) * made.images_per_prompt * rounds,
         "evaluation": min(measured.prompts or held_out, held_out) * measured.images_per_prompt * (rounds + 1) * judged,
     }
+    # Shards that accumulate hold the rounds before them again.
+    times = rounds * (rounds + 1) / 2 if recipe.export.accumulate else rounds
     all_kept = recipe.select.budget or min(made.prompts or learned, learned) * recipe.select.keep
     sizes = PIXEL_BYTES[made.format] * width * height
     weights = 4 * judged * (shape.parameters if trained.method == "full" else trained.rank * shape.adapted)
+    rest = _rest(recipe.model)
     disk = {
         "images": sizes * sum(images.values()),
-        "shards": sizes * all_kept * rounds,
-        "models": weights * rounds,
+        "shards": sizes * all_kept * times,
+        "models": (weights + 4 * rest * (trained.method == "full")) * rounds,
         "training state": 4 * weights,
     }
     passes = made.steps * (2 if made.guidance > 1 and not _told(recipe.model) else 1)
@@ -134,6 +140,21 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     hours = {name: count * image / per_hour for name, count in images.items()}
     hours["training"] = judged * rounds * trained.steps * trained.batch * sample / per_hour
     return Plan(images, disk, hours, tflops, (width, height))
+
+
+def _rest(model: str) -> int:
+    """Weights of a pipeline beside its denoiser, which a fully trained model is saved with."""
+    if model in REST:
+        return REST[model]
+    place = models.locate(model)
+    count = 0
+    if isinstance(place, Path):
+        for file in place.rglob("*.safetensors"):
+            if file.parent.name not in ("unet", "transformer"):
+                with open(file, "rb") as stream:
+                    header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+                count += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return count
 
 
 def _told(model: str) -> bool:
@@ -182,6 +203,8 @@ def _count(key: str) -> tuple[int, int, float, float]:
 
     config, decoder, height, width = json.loads(key)
     kind = config["_class_name"]
+    if kind not in TOKENS:
+        raise WinnowError(f"plan: a {kind} is not counted here; it counts {', '.join(TOKENS)}")
     with torch.device("meta"):
         network = getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
         channels = network.config.in_channels

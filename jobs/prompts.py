@@ -28,6 +28,7 @@ from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.layout import create
+from storage.snapshot import load, numbers
 
 GOLDEN = (5**0.5 - 1) / 2
 LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 cannot
@@ -196,6 +197,8 @@ def prompts(run: Run, keep: bool = False) -> None:
         if held["n"]:
             if not held["mine"] and settings.source is not None:
                 say(f"prompts: the {held['n']} that the store has, from {held['first']}, not {settings.source}")
+            for key in _changed(run):
+                say(f"prompts: prompts.{key} has changed since; the store keeps the prompts that it has")
             return
     seed = run.seed("prompts")
     given = texts(settings, seed)
@@ -206,6 +209,16 @@ def prompts(run: Run, keep: bool = False) -> None:
     spec = ["prompts", settings.spec(), content, run.recipe.seed]
     work = units("prompts", {}, one, 1, spec)
     complete(run, "prompts", "prompts", work, lambda: lambda _: rows(settings, seed, given, run))
+
+
+def _changed(run: Run) -> list[str]:
+    """The settings that are not those under which the store's prompts were sealed, the source aside."""
+    for number in numbers(run.store):
+        sealed = load(run.store, number)
+        if sealed.stage == "prompts":
+            before, now = sealed.recipe.get("prompts", {}), run.recipe.model_dump(mode="json")["prompts"]
+            return [key for key in now if key != "source" and before.get(key) != now[key]]
+    return []
 
 
 def chosen(run: Run, split: str, n: int | None) -> pa.Table:

@@ -69,6 +69,8 @@ class Recipe(Settings):
         pushes up sees no end of progress."""
         if self.weigh.by == "distance" and self.distance.space is None:
             raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
+        if not selecting(self) and self.select.policy != "random":
+            raise WinnowError(f"select.policy {self.select.policy!r} needs scores; name scorers in score.scorers")
         if not self.guard.enabled:
             return
         if self.train.method == "none":
@@ -76,7 +78,8 @@ class Recipe(Settings):
         if not self.evaluate.space:
             raise WinnowError("guard needs the diversity in evaluate.space; set it, or guard.enabled to false")
         metric, measured = self.guard.metric, self.evaluate
-        metrics = ["fd_d0", "diversity", *(["fd_real"] if measured.real else [])]
+        # fd_d0 is no choice: to its own output the base is nearest by construction.
+        metrics = ["diversity", *(["fd_real"] if measured.real else [])]
         scored = [name for name in dict.fromkeys([*self.score.scorers, *measured.scorers]) if name != measured.judge]
         scored += ["judge_accuracy"] if measured.judge else []
         metrics += [*scored, *(f"win_rate:{name}" for name in scored)]

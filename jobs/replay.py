@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pydantic import ValidationError
 
 from jobs import models
 from jobs.generate import sampler
 from jobs.images import decode, encode
-from jobs.recipe import Recipe
+from jobs.sealed import recipe_of, sample_row
 from schemas.errors import WinnowError
-from storage.layout import check, clean
-from storage.query import arrow
-from storage.snapshot import load, numbers
+from storage.layout import check
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,11 @@ def replay(store: Path, sample: int) -> Replay:
     WinnowError where there is no such sample, it was taken in or refined and not sampled, or its model is gone.
     """
     home = check(store)
-    found = arrow(home, "SELECT * FROM samples WHERE sample_id = $id", {"id": sample}).to_pylist()
-    if not found:
-        raise WinnowError(f"sample {sample}: not in {store}; 'winnow sql \"SELECT sample_id FROM samples\"' lists them")
-    row = found[0]
+    row = sample_row(home, sample)
     if row["model"].startswith("own:") or row["parent_id"] is not None:
         made = "taken in" if row["parent_id"] is None else "refined from another"
         raise WinnowError(f"sample {sample}: was {made}, not sampled from a text; there is nothing to replay")
-    recipe = _recipe(home, row)
+    recipe = recipe_of(home, row)
     name, _, revision = row["model"].rpartition("@")
     model = str(home / "models" / name) if (home / "models" / name).exists() else recipe.model
     now = models.revision(model)
@@ -68,19 +62,3 @@ def replay(store: Path, sample: int) -> Replay:
     if again.shape != stored.shape:
         raise WinnowError(f"sample {sample}: is {stored.shape[:2]}, came out {again.shape[:2]}; was the store edited?")
     return Replay(stored, again)
-
-
-def _recipe(home: Path, row: dict[str, object]) -> Recipe:
-    """The recipe under which the sample's stage was sealed."""
-    folder = f"tables/samples/round-{row['round']}/arm-{clean(str(row['arm']))}/split-{row['split']}/"
-    for number in numbers(home):
-        snapshot = load(home, number)
-        if snapshot.stage.startswith("generate") and any(part.path.startswith(folder) for part in snapshot.parts):
-            try:
-                return Recipe.model_validate(snapshot.recipe)
-            except ValidationError as error:
-                raise WinnowError(
-                    f"snapshot {number}: its recipe is of another Winnow ({error.error_count()} keys differ); replay "
-                    "with the Winnow that made it"
-                ) from error
-    raise WinnowError(f"{folder}: sealed by no snapshot; run 'winnow verify'")

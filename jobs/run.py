@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
-from storage.query import arrow
+from storage.query import arrow, stream
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
@@ -45,6 +46,10 @@ class Run:
         """Rows of the newest snapshot; ``$name`` in the SQL takes the parameter of that name."""
         return arrow(self.store, sql, params or None)
 
+    def stream(self, sql: str, **params: Any) -> Iterator[pa.RecordBatch]:
+        """As ``query``, a batch at a time and in no order."""
+        return stream(self.store, sql, params or None)
+
     def seed(self, *what: Any) -> int:
         """A 63-bit seed for one purpose, from the recipe's seed."""
         return sample_id(["seed", self.recipe.seed, *what])
@@ -66,7 +71,8 @@ class Run:
                 f"yet; run 'winnow round --round {self.round - 1}' first"
             )
         model = rows["model"][0].as_py()
-        return str(self.store / model) if model.startswith("models/") else model
+        inside = model.startswith("models/") and (self.store / model).exists()
+        return str(self.store / model) if inside else model
 
 
 def ids(table: pa.Table) -> np.ndarray:

@@ -70,7 +70,7 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     mine = [u for i, u in enumerate(work_units) if i % run.n_shards == run.shard and u.path not in parts]
 
     def keep(unit: Unit, made: pa.Table) -> None:
-        parts[unit.path] = commit(run.store, table, unit.path, made)
+        parts[unit.path] = commit(run.store, table, unit.path, made, sealed.get(unit.path))
 
     label = f"{stage} {run.arm} round {run.round}"
     local(label, mine, start, keep)

@@ -82,6 +82,8 @@ def examples(run: Run) -> list[Example]:
 
 def train(run: Run) -> None:
     """Train unless the model of exactly these shards, start and settings is there; resume where it was stopped."""
+    if run.recipe.train.method == "none":
+        raise WinnowError("train.method is 'none': nothing is trained; set it to 'full' or 'lora'")
     name = _name(run)
     if (run.store / name).exists():
         return

@@ -101,6 +101,17 @@ def batch_rows(seed: int, step: int, batch: int, n: int) -> np.ndarray:
     return np.array([epochs[int(place // n)][place % n] for place in places])
 
 
+def latents_of(pipe: Any, rows: list[Example], size: int | None) -> Tensor:
+    """Scaled latents of the rows' images, float32 [N, C, h, w] on the CPU; a few images are decoded at a time."""
+    vae, parts = pipe.vae.float(), []
+    for start in range(0, len(rows), 16):
+        pictures = [decode(row.file, f"sample {row.sample_id}") for row in rows[start : start + 16]]
+        parts.append(encode(vae, array([square(picture, size) for picture in pictures] if size else pictures)))
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise WinnowError("train: the images have several sizes; set train.size")
+    return torch.cat(parts)
+
+
 def fine_tune(
     pipe: Any, rows: list[Example], settings: Train, seed: int, progress: Path, label: str = "train"
 ) -> None:
@@ -116,9 +127,13 @@ def fine_tune(
     texts = [row.text for row in rows]
     conditions = Conditions(pipe)
     conditions([*sorted(set(texts)), None])
-    pictures = [decode(row.file, f"sample {row.sample_id}") for row in rows]
-    images = array([square(picture, settings.size) for picture in pictures] if settings.size else pictures)
-    latents = encode(pipe.vae.float(), images)
+    latents = latents_of(pipe, rows, settings.size)
+    if any(side % made_by.patch for side in latents.shape[2:]):
+        sides = "×".join(str(side * pipe.vae_scale_factor) for side in latents.shape[:1:-1])
+        raise WinnowError(
+            f"train: images of {sides} pixels do not fit this model; it takes multiples of "
+            f"{made_by.patch * pipe.vae_scale_factor}, set train.size to one"
+        )
     model = made_by.model(pipe).train()
     if settings.checkpointing:
         model.enable_gradient_checkpointing()
@@ -194,9 +209,15 @@ def _resume(
     """The step to go on from, 0 where nothing was kept."""
     if not progress.exists():
         return 0
-    state = torch.load(progress, weights_only=True)
-    optimiser.load_state_dict(state["optimiser"])
-    with torch.no_grad():
-        for mine, kept in zip([*parameters, *average], [*state["parameters"], *state["average"]], strict=True):
-            mine.copy_(kept)
-    return int(state["step"])
+    try:
+        state = torch.load(progress, map_location="cpu", weights_only=True)
+        optimiser.load_state_dict(state["optimiser"])
+        with torch.no_grad():
+            for mine, kept in zip([*parameters, *average], [*state["parameters"], *state["average"]], strict=True):
+                mine.copy_(kept)
+        return int(state["step"])
+    except Exception as error:  # torch has many ways to say that a file is not what it wrote
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise WinnowError(
+            f"{progress}: the kept state cannot be read ({reason}); remove it to train this round from its start"
+        ) from error

@@ -59,8 +59,10 @@ def find(root: str | Path, path: str, sealed: Mapping[str, Part] | None = None) 
     return Part(path.split("/")[1], path, rows, size, sha256, fingerprint(schema))
 
 
-def commit(root: str | Path, table: str, path: str, data: pa.Table) -> Part:
+def commit(root: str | Path, table: str, path: str, data: pa.Table, sealed: Part | None = None) -> Part:
     """Write `data` as the part at `path` (see `part_path`); if the part is there already, return that one.
+
+    `sealed`: what was sealed under this path and is lost; data that gives other bytes is refused then.
 
     Equal data gives equal bytes. Raises WinnowError where the data breaks a promise of its table (see
     `storage.conform`) or the disk is full; then nothing is left behind.
@@ -74,6 +76,11 @@ def commit(root: str | Path, table: str, path: str, data: pa.Table) -> Part:
             _write(data, file)
             size = file.tell()
         sha256 = file.sha256.hexdigest()
+        if sealed and sealed.sha256 != sha256:
+            raise WinnowError(
+                f"{path}: was sealed and is lost, and comes out otherwise now (another device, library or clock); "
+                "restore it from a copy, or take another STORE="
+            )
         if publish(home, draft, path):
             return Part(table, path, data.num_rows, size, sha256, fingerprint(data.schema))
     first = find(home, path)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from schemas.errors import WinnowError
+from schemas.ids import digest
 from schemas.tables import table
 from storage.durable import publish, staged, storage_errors
 
@@ -15,15 +16,18 @@ FOLDERS = ("tables", "snapshots", "staging", "models", "shards", "reports")
 
 
 def clean(value: str | int) -> str:
-    """`value` as a part of a file name: other characters than [A-Za-z0-9._-] become "_"."""
+    """`value` as a part of a file name: other characters than [A-Za-z0-9._-] become "_", and a name that this or its
+    length changed ends with its digest, so that different values have different names."""
+    text = str(value)
     # A leading dot or underscore would hide the file from `datasets` and pyarrow.
-    return re.sub(r"[^A-Za-z0-9._-]", "_", str(value)).lstrip("._")[:80] or "x"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._")[:80] or "x"
+    return name if name == text else f"{name[:70]}-{digest(text, 8)}"
 
 
 def part_path(name: str, folders: Mapping[str, str | int], unit: str, spec: str) -> str:
     """Path of a part, relative to the store: tables/scores/round-3/scorer-clip/<unit>-<spec>.parquet.
 
-    `spec` is a digest of everything that decides the content: cleaned names may collide, digests do not.
+    `spec` is a digest of everything that decides the content.
     """
     # Not the hive form "round=3": pandas and pyarrow refuse folders whose keys repeat columns of the files.
     places = [f"{clean(key)}-{clean(value)}" for key, value in folders.items()]

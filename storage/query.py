@@ -85,6 +85,17 @@ def arrow(
             raise unreadable(check(root), error) from error
 
 
+def stream(
+    root: str | Path, sql: str, params: list[Any] | None = None, snapshot: Snapshot | int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """As `arrow`, a batch of rows at a time: for what does not fit into memory twice. Without ORDER BY."""
+    with connect(root, snapshot) as connection:
+        try:
+            yield from connection.sql(sql, params=params).to_arrow_reader(2048)
+        except (duckdb.IOException, duckdb.InvalidInputException, OSError) as error:
+            raise unreadable(check(root), error) from error
+
+
 def user_query(
     root: str | Path,
     sql: str,

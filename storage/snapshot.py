@@ -135,8 +135,14 @@ def _refuse_double_keys(root: Path, base: Snapshot, new: Sequence[Part]) -> None
             rows = f"{rows} UNION ALL SELECT * FROM ({stored}) SEMI JOIN ({rows}) USING ({keys})"
         twice = f"GROUP BY {keys} HAVING count(*) > 1 LIMIT 1"
         sql = f"SELECT {keys}, min(filename), max(filename) FROM ({rows}) {twice}"
-        with duckdb.connect() as connection:
-            double = connection.execute(sql).fetchone()
+        try:
+            with duckdb.connect() as connection:
+                double = connection.execute(sql).fetchone()
+        except duckdb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise WinnowError(
+                f"{name}: a part cannot be read ({reason}); nothing was sealed, 'winnow verify' names it and the cure"
+            ) from error
         if double:
             *key, one, two = double
             where = " and ".join(Path(path).relative_to(root).as_posix() for path in (one, two))

@@ -104,6 +104,6 @@ def _notes(root: Path, sealed: set[str]) -> list[str]:
         relative = path.relative_to(root).as_posix()
         if path.is_file() and relative not in sealed:
             notes.append(f"{relative}: not sealed; a stage was interrupted, or is still running")
-    for path in sorted((root / "staging").iterdir()):
+    for path in sorted((root / "staging").glob("*")):
         notes.append(f"staging/{path.name}: left over; safe to remove when nothing is running")
     return notes

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,16 +146,14 @@ def test_evaluate_prints_its_figures(world: World, winnow: Winnow, tmp_path: Pat
     assert files(world.store) == before
 
 
-def test_explain_tells_of_kept_and_dropped(world: World, winnow: Winnow, tmp_path: Path) -> None:
-    pytest.importorskip("jobs.explain")
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(json.dumps(world.recipe.model_dump(mode="json")))
+def test_explain_tells_of_kept_and_dropped(world: World, winnow: Winnow) -> None:
     for kept in (True, False):
         row = world.rows(f"SELECT * FROM selections WHERE selection = 'curated' AND kept = {kept} LIMIT 1")[0]
-        said = winnow("explain", row["sample_id"], "--recipe", recipe, "--store", world.store)
+        said = winnow("explain", row["sample_id"], "--store", world.store)
         assert said.status == 0 and str(row["sample_id"]) in said.out
+        assert "nearest in d0" in said.out  # by the recipe that the store was sealed with
         assert "scene-clip" in said.out and (row["reason"] in said.out if not kept else "weight" in said.out)
-    assert "7" in winnow("explain", 7, "--recipe", recipe, "--store", world.store).line
+    assert "7" in winnow("explain", 7, "--store", world.store).line
 
 
 def test_the_installed_command_keeps_foreign_rooms_out(tmp_path: Path) -> None:
@@ -210,3 +209,23 @@ def test_study_writes_its_figures(tmp_path: Path, winnow: Winnow) -> None:
 
 def settings(changes: dict[str, Any]) -> list[str]:
     return [word for key, value in (TINY | changes).items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def test_make_passes_a_query_on_as_it_is() -> None:
+    query = "SELECT 'it''s' AS a WHERE \"round\" = 'x'"
+    home = Path(__file__).parents[1]
+    said = subprocess.run(["make", "-n", "sql", f"Q={query}"], capture_output=True, text=True, cwd=home)
+    assert shlex.split(said.stdout.splitlines()[-1])[-1] == query, said.stdout
+
+
+def test_out_of_memory_names_the_cure(world: World, winnow: Winnow, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import jobs.report
+
+    def full(_: Path) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(jobs.report, "report", full)
+    line = winnow("report", "--store", world.store).line
+    assert "out of memory (CUDA out of memory. Tried" in line and "train.micro_batch" in line

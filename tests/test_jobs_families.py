@@ -212,3 +212,22 @@ def test_a_memory_too_small_is_met_with_halves(
     room = 0
     with pytest.raises(WinnowError, match="one image does not fit into the memory .CUDA out of memory"):
         draw(texts, seeds)
+
+
+def test_sizes_that_a_model_cannot_take_are_named(folder: Path, tmp_path: Path) -> None:
+    from jobs.generate import sampler
+
+    pipe = models.load(str(folder))
+    fits = family(pipe).patch * pipe.vae_scale_factor
+    sampler(str(folder), Generate(width=8 * fits, height=32))
+    if fits <= 8:  # settings refuse what is no multiple of 8; these small autoencoders scale by 2
+        return
+    with pytest.raises(WinnowError, match=f"takes multiples of {fits}"):
+        sampler(str(folder), Generate(width=8, height=32))
+
+
+def test_a_damaged_state_says_how_to_go_on(stable_diffusion: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.pt").write_bytes(b"abc" * 100)
+    settings = Train(steps=2, batch=2, checkpoint=0)
+    with pytest.raises(WinnowError, match=r"p\.pt: the kept state cannot be read .*remove it to train"):
+        fine_tune(models.load(str(stable_diffusion)), examples(), settings, 7, tmp_path / "p.pt")

@@ -231,6 +231,31 @@ def test_a_lost_part_is_made_again_by_its_stage(winnow: Winnow, copy: Path) -> N
         assert part.read_bytes() == kept and verify(copy).ok
 
 
+def test_a_loop_can_be_made_longer(winnow: Winnow, copy: Path) -> None:
+    where = ("--recipe", "embedded-fast", "--store", copy)
+    closed = rows(copy, "SELECT verdict, reason FROM rounds WHERE arm = 'naive' AND round = 1")
+    assert closed[0]["verdict"] == "stop"
+    said = winnow("loop", *where, "--arm", "naive", *options({}), "--rounds", 2)
+    assert said.status == 0 and "round 1 of naive: stop of 1 rounds, going on with 2" in said.err, said.err
+    assert rows(copy, "SELECT max(round) AS n FROM rounds WHERE arm = 'naive'") == [{"n": 2}]
+    assert rows(copy, "SELECT verdict FROM rounds WHERE arm = 'naive' AND round = 1") == [{"verdict": "stop"}]
+    assert verify(copy).ok
+
+
+def test_prompt_settings_that_changed_are_said(winnow: Winnow, copy: Path) -> None:
+    where = ("--recipe", "embedded-fast", "--store", copy)
+    said = winnow("loop", *where, *options({"prompts.held_out": 0.3}))
+    assert "prompts.held_out has changed since; the store keeps the prompts that it has" in said.err
+    assert "has changed" not in winnow("loop", *where, *options({})).err
+
+
+def test_sealing_beside_a_lost_part_is_one_line(winnow: Winnow, copy: Path) -> None:
+    next(path for path in (copy / "tables" / "scores").rglob("*.parquet") if "curated" in str(path)).unlink()
+    where = ("--recipe", "embedded-fast", "--store", copy, "--arm", "naive", "--round", 2)
+    line = winnow("round", *where, *options({"rounds": 2})).line
+    assert "winnow verify" in line or "sealed, but missing" in line
+
+
 def test_a_loop_takes_the_prompts_that_the_store_has(winnow: Winnow, tmp_path: Path) -> None:
     store = tmp_path / "store"
     mine = tmp_path / "mine.txt"

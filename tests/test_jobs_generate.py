@@ -225,3 +225,25 @@ def test_damaged_weights_are_named(stable_diffusion: Path, tmp_path: Path) -> No
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(WinnowError, match=r"model '.*copy': cannot be loaded"):
         models.load(str(copy))
+
+
+def test_missing_weights_are_named(stable_diffusion: Path, tmp_path: Path) -> None:
+    """Of the text encoder, which transformers would draw at random; and of the U-Net, which diffusers leaves empty."""
+    from safetensors.torch import load_file, save_file
+
+    for part, name in (("text_encoder", "model.safetensors"), ("unet", "diffusion_pytorch_model.safetensors")):
+        copy = tmp_path / part
+        shutil.copytree(stable_diffusion, copy)
+        weights = load_file(copy / part / name)
+        lost = sorted(weights)[-1]
+        save_file({k: v for k, v in weights.items() if k != lost}, copy / part / name, metadata={"format": "pt"})
+        with pytest.raises(WinnowError, match=r"model '.*': (weights are missing: |cannot be loaded)") as caught:
+            models.load(str(copy))
+        if part == "text_encoder":
+            assert lost.removeprefix("text_model.") in str(caught.value)
+    models.load(str(stable_diffusion))
+
+
+def test_a_folder_is_its_content_whatever_its_name(stable_diffusion: Path, tmp_path: Path) -> None:
+    renamed = shutil.copytree(stable_diffusion, tmp_path / "another name")
+    assert models.revision(str(renamed)) == models.revision(str(stable_diffusion))

@@ -108,9 +108,11 @@ def test_tables_that_do_not_fit_together_are_refused_at_once(changes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"guard.metric": "scene-clip"}, "guard.metric is 'scene-clip', which selects; choose among fd_d0, diversity,"),
+        ({"guard.metric": "scene-clip"}, "is 'scene-clip', which selects; choose among diversity, fd_real,"),
         ({"guard.metric": "win_rate:scene-clip"}, "which selects"),
         ({"guard.metric": "fd_reel"}, "which is not measured"),
+        ({"guard.metric": "fd_d0"}, "choose among diversity"),
+        ({"score.scorers": []}, "'best_of_n' needs scores"),
         ({"evaluate.real": None}, "guard.metric is 'fd_real', which is not measured"),
         ({"evaluate.space": None}, "guard needs the diversity in evaluate.space"),
         ({"distance.space": None}, "weigh.by 'distance' needs distances"),

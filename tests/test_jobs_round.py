@@ -456,7 +456,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory, stable_diffusion: Path, cl
         "export": {"reference_share": 0.5, "rows": 5},
         "train": {"steps": 3, "batch": 4, "lr": 1e-4, "prompt_dropout": 0.1},
         "evaluate": {"images_per_prompt": 4, "space": "minescorers.colour:colours", "resamples": 5},
-        "guard": {"metric": "diversity", "higher_is_better": True},
+        "guard": {"metric": "diversity"},
         "arms": {"mine": {}},
     }  # fmt: skip
     (home / "mine.yaml").write_text(json.dumps(recipe))

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pipelines
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import rows, sets
 from PIL import Image
@@ -143,6 +145,17 @@ def test_a_recipe_goes_the_whole_way(
                 assert image.size == (row["width"], row["height"])
 
 
+def test_a_round_without_training_trains_nothing(
+    tmp_path: Path, stable_diffusion: Path, clip_folder: Path, scorers: str, winnow: Any
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    recipe = small("refine-only", stable_diffusion, tmp_path, scorers, clip_folder)
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    where = ("--recipe", tmp_path / "mine.yaml", "--store", tmp_path / "store")
+    assert "train.method is 'none'" in winnow("train", *where).line
+    assert not (tmp_path / "store" / "models").exists() or not list((tmp_path / "store" / "models").iterdir())
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _ in RUNS}))
 def test_a_recipe_says_what_it_takes(name: str) -> None:
     text = (recipes.RECIPES / f"{name}.yaml").read_text()
@@ -192,7 +205,7 @@ def test_a_plan_counts_what_a_run_then_makes(
     counts = rows(run.store, "SELECT split, count(*) AS n FROM samples GROUP BY split")
     made = {row["split"]: row["n"] for row in counts}
     assert found.images == {"D_0": made["reference"], "candidates": made["train"], "evaluation": made["eval"]}
-    weights = sum(path.stat().st_size for path in (run.store / "models").rglob("unet/*.safetensors"))
+    weights = sum(path.stat().st_size for path in (run.store / "models").rglob("*.safetensors"))
     assert found.bytes["models"] == pytest.approx(weights, rel=0.05)
 
 
@@ -217,7 +230,8 @@ def test_plan_speaks_to_people(winnow: Any) -> None:
 
 @pytest.mark.parametrize(
     ("source", "column", "said"),
-    [("nowhere", "text", "no such file or folder"), ("images", "label", "no column 'label', it has image, text"),
+    [("ints.parquet", "text", "holds no images"), ("classes.parquet", "text", "holds no text"),
+     ("nowhere", "text", "no such file or folder"), ("images", "label", "no column 'label', it has image, text"),
      ("bare", "text", "no column 'text'"), ("empty", "text", "cannot be read")],
 )  # fmt: skip
 def test_sources_of_own_images_that_do_not_serve_are_named(tmp_path: Path, source: str, column: str, said: str) -> None:
@@ -227,6 +241,21 @@ def test_sources_of_own_images_that_do_not_serve_are_named(tmp_path: Path, sourc
     (tmp_path / "bare").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "bare" / "a.png")
     (tmp_path / "empty").mkdir()
+    for name, table in {
+        "ints": {"image": [1, 2], "text": ["a", "b"]}, "classes": {"image": [b"x", b"y"], "text": [0, 1]},
+    }.items():  # fmt: skip
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     with pytest.raises(WinnowError, match="generate.source") as caught:
         opened(str(tmp_path / source), column)
     assert said in str(caught.value), caught.value
+
+
+def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
+    from jobs.own import _file, opened
+
+    images(tmp_path / "images")
+    found = opened(str(tmp_path / "images"), "text")
+    for path in (tmp_path / "images").glob("[0-9]*"):
+        path.unlink()
+    with pytest.raises(WinnowError, match=r"row 3 has no image"):
+        _file(found, 3, "images")

@@ -1,5 +1,6 @@
 """Commit: promises of the tables, first writer wins, equal bytes for equal data, nothing left behind."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from schemas.errors import WinnowError
 from schemas.tables import TABLES, embedding_schema
 from storage.commit import commit, commit_folder, find, write_file
-from storage.layout import check, create, part_path
+from storage.layout import check, clean, create, part_path
 
 
 @pytest.fixture
@@ -53,8 +54,8 @@ def place(unit: str = "u0", table: str = "scores") -> str:
 
 def test_part_path_is_clean() -> None:
     path = part_path("scores", {"round": 3, "scorer": "a/b: ü=c"}, "../unit 7", "0f")
-    assert path == "tables/scores/round-3/scorer-a_b____c/unit_7-0f.parquet"
-    assert part_path("rounds", {}, "..", "1") == "tables/rounds/x-1.parquet"
+    assert re.fullmatch(r"tables/scores/round-3/scorer-a_b____c-[0-9a-f]{8}/unit_7-[0-9a-f]{8}-0f\.parquet", path)
+    assert re.fullmatch(r"tables/rounds/x-[0-9a-f]{8}-1\.parquet", part_path("rounds", {}, "..", "1"))
 
 
 def test_commit_then_find(root: Path) -> None:
@@ -276,3 +277,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(root: Path) -> None:
     assert not (root / "models/m").exists()
     assert (root / "reports/r.html").read_bytes() == b"old"
     assert find(root, part.path) == part
+
+
+def test_names_that_are_cleaned_stay_apart() -> None:
+    long = "open_clip:local-dir:/home/somebody/with/a/very/long/path/to/their/models/of/this/year/epoch-"
+    names = [clean(name) for name in (f"{long}1", f"{long}2", "a b", "a_b", "a-b", "_a", "a")]
+    assert len(set(names)) == len(names) and max(map(len, names)) <= 80
+    assert clean("scene-clip") == "scene-clip" and clean(3) == "3"
+
+
+def test_a_lost_part_that_comes_out_otherwise_is_refused(root: Path) -> None:
+    path = part_path("scores", {"round": 1}, "u", "abc")
+    sealed = commit(root, "scores", path, scores([1, 2]))
+    (root / path).unlink()
+    with pytest.raises(WinnowError, match="sealed and is lost, and comes out otherwise"):
+        commit(root, "scores", path, scores([1, 3]), sealed)
+    assert not (root / path).exists() and not list((root / "staging").iterdir())
+    assert commit(root, "scores", path, scores([1, 2]), sealed) == sealed

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.app import RECIPE, STORE, RecipeName, StorePath, app, first_arm, open_run
+from jobs.cli.app import STORE, StorePath, app
 from schemas.errors import WinnowError
 
 
 @app.command()
-def report(recipe: RecipeName = RECIPE, store: StorePath = STORE) -> None:
+def report(store: StorePath = STORE) -> None:
     """Write report.html and summary.json into the store."""
     from jobs.report import report as write
     from storage.layout import check
@@ -35,14 +35,12 @@ def sql(
 
 
 @app.command()
-def explain(
-    sample: Annotated[int, typer.Argument(help="A sample_id.")], recipe: RecipeName = RECIPE, store: StorePath = STORE
-) -> None:
+def explain(sample: Annotated[int, typer.Argument(help="A sample_id.")], store: StorePath = STORE) -> None:
     """Tell why a sample was kept or dropped."""
     from jobs.explain import explain as tell
     from storage.layout import check
 
-    print(tell(open_run(recipe, check(store), first_arm(recipe), 1, None), sample))
+    print(tell(check(store), sample))
 
 
 @app.command()
@@ -57,6 +55,7 @@ def replay(
 
     found = again(store, sample)
     if to:
+        to.parent.mkdir(parents=True, exist_ok=True)
         found.side_by_side().save(to, "PNG")
     print(f"largest difference {found.largest} of 255, mean {found.mean:.4f}")
     if found.mean > tolerance:
@@ -69,9 +68,18 @@ def replay(
 @app.command()
 def verify(store: StorePath = STORE) -> None:
     """Check every sealed part against its SHA-256 and schema."""
+    from jobs.progress import bar
     from storage.verify import verify as check
 
-    found = check(store)
+    with bar("verify", 1) as advance:
+        done = 0.0
+
+        def progress(parts: int, total: int) -> None:
+            nonlocal done
+            advance(parts / total - done)
+            done = parts / total
+
+        found = check(store, progress)
     for note in found.notes:
         print(f"note: {note}")
     for problem in found.problems:

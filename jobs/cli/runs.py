@@ -83,7 +83,7 @@ def plan(
     recipe: RecipeName = RECIPE,
     arm: Arm = "curated",
     prompts: Annotated[int | None, typer.Option(min=2, help="Prompts, where the recipe keeps all that pass.")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0, help="The TFLOP/s that your GPU sustains.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="The TFLOP/s that your GPU sustains.")] = None,
     set: Set = None,
 ) -> None:
     """Say what a run will take: images, disk and GPU-hours, by arithmetic from the recipe and the model's shape."""

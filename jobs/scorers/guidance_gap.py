@@ -46,7 +46,7 @@ class GuidanceGap:
 
     @cached_property
     def pipe(self) -> Any:
-        pipe = models.load(self.model)
+        pipe = models.load(self.model, torch.float32)
         if not hasattr(pipe, "unet"):
             raise WinnowError(
                 f"scorer 'guidance-gap:{self.model}': a {type(pipe).__name__} has no U-Net; give a Stable Diffusion "
