@@ -10,7 +10,7 @@ from conftest import WORDS, build_stable_diffusion
 from PIL import Image
 
 from jobs import models
-from jobs.generate import Generate, sample
+from jobs.generate import Generate, Sampler
 from jobs.scorers import scorer
 from jobs.scorers.guidance_gap import LEVELS, SEED, GuidanceGap
 from jobs.world.judge import Judge
@@ -99,7 +99,7 @@ def test_the_right_caption_scores_above_another() -> None:
     """What the sign means: where a picture is what its caption says, being told another one moves the model more."""
     judge = GuidanceGap("embedded")
     captions = [all_captions()[i] for i in np.random.default_rng(0).permutation(len(all_captions()))[:60]]
-    pixels = sample(judge.pipe, captions, list(range(60)), Generate(steps=16, guidance=1.0))
+    pixels = Sampler(judge.pipe, Generate(steps=16, guidance=1.0))(captions, list(range(60)))
     images = [Image.fromarray((image * 255).round().astype(np.uint8)) for image in pixels]
     right = Judge()(images, captions)[0] > 0.5
     assert right.sum() > 15
