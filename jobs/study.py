@@ -95,8 +95,8 @@ def page(found: dict[str, Any]) -> str:
     for arm in arms:
         lines += ["", f"## Arm {arm}", "", "| round | " + " | ".join(metrics) + " |", "|" + "---|" * (len(metrics) + 1)]
         for number in range(found["rounds"] + 1):
-            cells = [rows.get((arm, number, metric)) for metric in metrics]
-            lines.append(f"| {number} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+            cells = [_cell(rows.get((arm, number, metric)), found["seeds"]) for metric in metrics]
+            lines.append(f"| {number} | " + " | ".join(cells) + " |")
     lines += ["", "## How the loops ended", ""]
     lines += ["| seed | arm | verdict | best round | reason |", "|---|---|---|---|---|"]
     for o in found["outcomes"]:
@@ -104,9 +104,11 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, seeds: int) -> str:
+    """A mean with its standard error; of how many seeds, where some are not that far."""
     if row is None:
         return ""
     digits = 1 if abs(row["mean"]) >= 100 else 3
     spread = "" if row["se"] is None else f" ± {row['se']:.{digits}f}"
-    return f"{row['mean']:.{digits}f}{spread}"
+    some = "" if len(row["values"]) == seeds else f" ({len(row['values'])} of {seeds} seeds)"
+    return f"{row['mean']:.{digits}f}{spread}{some}"
