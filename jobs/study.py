@@ -88,7 +88,7 @@ def page(found: dict[str, Any]) -> str:
         "# Study: the embedded default",
         "",
         f"Made by `make study`: {found['seeds']} seeds, {found['rounds']} rounds, on {found['machine']}. "
-        "Mean over the seeds ± standard error.",
+        "Mean over the seeds ± standard error; a seed that was stopped counts as far as it came.",
         "",
         " ".join(f"![{name_of(metric)}](study-{metric}.svg)" for metric in METRICS),
     ]
