@@ -52,9 +52,6 @@ class GuidanceGap:
                 f"scorer 'guidance-gap:{self.model}': a {type(pipe).__name__} has no U-Net; give a Stable Diffusion "
                 "or SDXL pipeline"
             )
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.float()
         return pipe
 
     @torch.no_grad()
