@@ -9,7 +9,7 @@ Everything else (generation and training) is written once, over these three thin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 class Family:
     """``denoiser``: the pipeline's attribute that is trained; ``lora``: its layers that LoRA adapts; ``patch``: a side
     of latents must be a multiple of it; ``guided``: whether guidance takes a second, unconditional pass (FLUX is told
-    its guidance instead)."""
+    its guidance instead); ``unpack``: what the pipeline's call gives as latents → [N, C, h, w], given its
+    ``height`` and ``width``, pixels or null."""
 
     denoiser: str
     encode: Callable[[Any, list[str]], Condition]
@@ -38,6 +39,7 @@ class Family:
     lora: tuple[str, ...]
     patch: int = 1
     guided: bool = True
+    unpack: Callable[[Any, Tensor, int | None, int | None], Tensor] = lambda pipe, made, height, width: made
 
     def model(self, pipe: Any) -> Any:
         """The network that predicts."""
@@ -84,6 +86,13 @@ def _encode_flux(pipe: Any, texts: list[str]) -> Condition:
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
+def _grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    """FLUX's tokens [N, h·w / 4, 4 C] as latents [N, C, h, w]."""
+    n, _, numbers = tokens.shape
+    grid = tokens.view(n, height // 2, width // 2, numbers // 4, 2, 2)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, numbers // 4, height, width)
+
+
 def _predict_flux(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
     n, channels, height, width = noisy.shape
     embeds, device = condition["prompt_embeds"], noisy.device
@@ -96,7 +105,12 @@ def _predict_flux(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> 
         img_ids=places.to(device, embeds.dtype), txt_ids=embeds.new_zeros(embeds.shape[1], 3),
         guidance=torch.ones(n, device=device) if pipe.transformer.config.guidance_embeds else None,
     ).sample  # fmt: skip
-    return made.view(n, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+    return _grid(made, height, width)
+
+
+def _unpack_flux(pipe: Any, made: Tensor, height: int | None, width: int | None) -> Tensor:
+    sides = (side // pipe.vae_scale_factor if side else pipe.default_sample_size for side in (height, width))
+    return _grid(made, *sides)
 
 
 def _encode_sd3(pipe: Any, texts: list[str]) -> Condition:
@@ -116,7 +130,7 @@ FAMILIES = {
     "StableDiffusionPipeline": Family("unet", _encode_sd, _nothing_sd, _predict_sd, ATTENTION),
     "StableDiffusionXLPipeline": Family("unet", _encode_pooled, _nothing_pooled, _predict_sdxl, ATTENTION),
     "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT, 2),
-    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, 2, guided=False),
+    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, 2, False, _unpack_flux),
 }
 
 
@@ -130,22 +144,41 @@ def family(pipe: Any) -> Family:
     )
 
 
-class Conditions:
-    """Conditions by text, each text encoded once and alone, so that its numbers do not depend on its company.
+#: Texts in one call of the encoders.
+TOGETHER = 16
 
-    Kept on the CPU, as the encoders made them.
+
+class Conditions:
+    """Conditions by text, on the CPU, each text encoded once.
+
+    ``texts``, in their order, are encoded in batches of TOGETHER, a whole batch as soon as one of it is asked for: a
+    text's numbers then do not depend on where a stage was broken off. Any other text is encoded alone. ``forget``:
+    keep only the batches that the last call asked for, where every call goes on where the last one ended.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, texts: Iterable[str] = (), forget: bool = False) -> None:
+        self.pipe, self.forget = pipe, forget
         self.family = family(pipe)
+        distinct = list(dict.fromkeys(texts))
+        batches = [distinct[start : start + TOGETHER] for start in range(0, len(distinct), TOGETHER)]
+        self.batch_of = {text: batch for batch in batches for text in batch}
         self.known: dict[str | None, Condition] = {}
 
     @torch.no_grad()
-    def __call__(self, texts: list[str | None]) -> Condition:
-        """The conditions of ``texts`` (null: of no text), stacked: tensors [N, …] on the CPU."""
-        for text in texts:
+    def __call__(self, texts: Sequence[str | None]) -> Condition:
+        """The conditions of ``texts`` (null: of no text), stacked: tensors [N, …]."""
+        asked = list(dict.fromkeys(texts))
+        for text in asked:
             if text not in self.known:
-                made = self.family.unconditional(self.pipe) if text is None else self.family.encode(self.pipe, [text])
-                self.known[text] = {key: value[0].cpu() for key, value in made.items()}
-        return {key: torch.stack([self.known[text][key] for text in texts]) for key in self.known[texts[0]]}
+                self._encode(text)
+        stacked = {key: torch.stack([self.known[text][key] for text in texts]) for key in self.known[texts[0]]}
+        if self.forget:
+            wanted = {mate for text in asked if text is not None for mate in self.batch_of.get(text, ())}
+            self.known = {text: made for text, made in self.known.items() if text is None or text in wanted}
+        return stacked
+
+    def _encode(self, text: str | None) -> None:
+        batch: list[Any] = [None] if text is None else self.batch_of.get(text, [text])
+        made = self.family.unconditional(self.pipe) if text is None else self.family.encode(self.pipe, batch)
+        for place, one in enumerate(batch):
+            self.known[one] = {key: value[place].cpu() for key, value in made.items()}

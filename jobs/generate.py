@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +17,14 @@ from jobs.images import Format, encode, fault
 from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import BASE, Run
-from jobs.stage import Work, complete, units
+from jobs.stage import Made, Work, complete, units
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["reference", "train", "eval"]
 
@@ -62,56 +68,82 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
 
 
 class Sampler:
-    """Images from texts and seeds. Each text is encoded once, however many images it gets."""
+    """Images from texts and seeds, in two halves for two threads: the denoiser works on one batch while the
+    autoencoder works on the batch before. ``texts``: those that will be asked for, in their order."""
 
-    def __init__(self, pipe: Any, settings: Generate) -> None:
+    def __init__(self, pipe: Any, settings: Generate, texts: Iterable[str] = ()) -> None:
         from jobs.families import Conditions
 
         self.pipe, self.settings = pipe, settings
-        self.conditions = Conditions(pipe)
+        self.conditions = Conditions(pipe, texts, forget=True)
+        self.turn = RLock()  # a pipeline's scheduler counts its steps: one batch at a time
         self.fits: int | None = None  # how many images the memory has proved too small for, halved
 
     def __call__(self, texts: list[str], seeds: list[int]) -> np.ndarray:
         """Float images [N, H, W, 3] in [0, 1]; image i depends on text and seed i alone, but for rounding."""
+        return self.decode(self.denoise(texts, seeds))
+
+    def denoise(self, texts: list[str], seeds: list[int]) -> Tensor:
+        """Their latents [N, C, h, w], on the device."""
         import torch
 
-        size = min(self.fits or len(texts), len(texts))
-        try:
-            parts = [self._sample(texts[i : i + size], seeds[i : i + size]) for i in range(0, len(texts), size)]
-            return np.concatenate(parts)
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise WinnowError(
-                    f"generate: one image does not fit into the memory ({str(error).splitlines()[0][:120]}); lower "
-                    "generate.width and height, or take a smaller model or generate.dtype"
-                ) from error
-            self.fits = -(-size // 2)
-        # Outside the handler, whose traceback holds on to the tensors.
-        torch.cuda.empty_cache()
-        say(f"generate: {size} images at once do not fit into the memory; going on with {self.fits}")
-        return self(texts, seeds)
+        with self.turn:
+            size = min(self.fits or len(texts), len(texts))
+            try:
+                parts = [self._denoise(texts[i : i + size], seeds[i : i + size]) for i in range(0, len(texts), size)]
+                return torch.cat(parts)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise _too_large(error) from error
+                self.fits = -(-size // 2)
+            # Outside the handler, whose traceback holds on to the tensors.
+            torch.cuda.empty_cache()
+            say(f"generate: {size} images at once do not fit into the memory; going on with {self.fits}")
+            return self.denoise(texts, seeds)
 
-    def _sample(self, texts: list[str], seeds: list[int]) -> np.ndarray:
+    def _denoise(self, texts: list[str], seeds: list[int]) -> Tensor:
         import torch
 
-        settings = self.settings
-        told = self.conditions(list(texts))
-        if self.conditions.family.guided and settings.guidance > 1:
+        settings, pipe, kind = self.settings, self.pipe, self.conditions.family
+        told = self.conditions(texts)
+        if kind.guided and settings.guidance > 1:
             nothing = self.conditions([None] * len(texts))
             told |= {f"negative_{key}": value for key, value in nothing.items()}
-        device = self.pipe._execution_device
-        return self.pipe(
-            **{key: value.to(device) for key, value in told.items()},
+        made = pipe(
+            **{key: value.to(pipe._execution_device) for key, value in told.items()},
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             width=settings.width,
             height=settings.height,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="np",
+            output_type="latent",
         ).images
+        return kind.unpack(pipe, made, settings.height, settings.width)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents [N, C, h, w] → float images [N, H, W, 3] in [0, 1]."""
+        import torch
+
+        from jobs.latents import decode
+
+        with suppress(torch.OutOfMemoryError):
+            return decode(self.pipe.vae, latents)
+        with self.turn:  # beside a batch that is denoised they did not fit; alone they may
+            torch.cuda.empty_cache()
+            try:
+                return decode(self.pipe.vae, latents)
+            except torch.OutOfMemoryError as error:
+                raise _too_large(error) from error
 
 
-def sampler(model: str, settings: Generate) -> Sampler:
+def _too_large(error: Exception) -> WinnowError:
+    return WinnowError(
+        f"generate: one image does not fit into the memory ({str(error).splitlines()[0][:120]}); lower generate.width "
+        "and height, or take a smaller model or generate.dtype"
+    )
+
+
+def sampler(model: str, settings: Generate, texts: Iterable[str] = ()) -> Sampler:
     """The sampler of a model, in the precision and layout that the settings ask for."""
     import torch
 
@@ -124,23 +156,29 @@ def sampler(model: str, settings: Generate) -> Sampler:
     for key, side in (("width", settings.width), ("height", settings.height)):
         if side and side % fits:
             raise WinnowError(f"generate.{key} is {side}: this model takes multiples of {fits}; give one")
+    if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
+        pipe.vae.float()  # SDXL's overflows in float16
     if pipe.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     if settings.compile:
         network.compile()
-    return Sampler(pipe, settings)
+    return Sampler(pipe, settings, texts)
 
 
-def sound(draw: Sampler, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sample the rows; those that show nothing again with their next seeds, and in the end refuse."""
+def sound(draw: Sampler, rows: list[dict[str, Any]], latents: Tensor) -> list[dict[str, Any]]:
+    """The rows with the pixels of their ``latents``; those that show nothing are sampled again with their next seeds,
+    and refused in the end."""
     settings = draw.settings
     made = [dict(row, attempt=0) for row in rows]
     todo = list(range(len(rows)))
     for attempt in range(settings.retries + 1):
-        images = draw([made[i]["prompt"] for i in todo], [made[i]["seed"] for i in todo])
+        if attempt:
+            for i in todo:
+                made[i] |= {"attempt": attempt, "seed": sample_id(["retry", made[i]["seed"]])}
+            latents = draw.denoise([made[i]["prompt"] for i in todo], [made[i]["seed"] for i in todo])
         faults = {}
-        for i, image in zip(todo, images, strict=True):
+        for i, image in zip(todo, draw.decode(latents), strict=True):
             why = fault(image)
             if why is None:
                 made[i]["pixels"] = np.round(image * 255).astype(np.uint8)
@@ -149,9 +187,6 @@ def sound(draw: Sampler, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         todo = sorted(faults)
         if not todo:
             return made
-        if attempt < settings.retries:
-            for i in todo:
-                made[i] |= {"attempt": attempt + 1, "seed": sample_id(["retry", made[i]["seed"]])}
     first = made[todo[0]]
     raise WinnowError(
         f"generate: {len(todo)} of {len(rows)} images show nothing, the first ({faults[todo[0]]}) for prompt "
@@ -183,16 +218,17 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)
-    return complete(run, f"generate {split}", "samples", work, lambda: _sampler(run, split, model, revision, settings))
+    return complete(run, f"generate {split}", "samples", work, lambda: _work(run, split, model, revision, rows))
 
 
-def _sampler(run: Run, split: Split, model: str, revision: str, settings: Generate) -> Work:
-    draw = sampler(model, settings)
+def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) -> Work:
+    settings = run.recipe.generate
+    draw = sampler(model, settings, planned["prompt"].to_pylist())
     name = f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
 
-    def files(made: list[dict[str, Any]]) -> pa.Table:
+    def files(rows: list[dict[str, Any]], latents: Tensor) -> pa.Table:
         done = []
-        for row in made:
+        for row in sound(draw, rows, latents):
             pixels = row.pop("pixels")
             file = {"bytes": encode(pixels, settings.format), "path": f"{row['sample_id']}.{settings.format}"}
             height, width = pixels.shape[:2]
@@ -200,4 +236,8 @@ def _sampler(run: Run, split: Split, model: str, revision: str, settings: Genera
                                "width": width, "height": height, "image": file})  # fmt: skip
         return pa.Table.from_pylist(done, schema=TABLES["samples"].schema)
 
-    return lambda rows: partial(files, sound(draw, rows.to_pylist()))
+    def work(some: pa.Table) -> Made:
+        rows = some.to_pylist()
+        return partial(files, rows, draw.denoise([row["prompt"] for row in rows], [row["seed"] for row in rows]))
+
+    return work

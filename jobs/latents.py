@@ -86,18 +86,42 @@ AT_ONCE = 2**20  # pixels
 
 @torch.no_grad()
 def encode(vae: Any, images: np.ndarray, scaled: bool = True) -> torch.Tensor:
-    """uint8 [N, H, W, 3] → latent means, float32 [N, C, h, w] on the CPU; ``scaled``: (mean − shift) · factor."""
+    """uint8 [N, H, W, 3] → latent means, float32 [N, C, h, w] on the CPU; ``scaled``: as the denoiser sees them."""
     # An autoencoder's first layers hold 128 numbers a pixel: one image of 1024² is half a gigabyte in each of them.
     batch = max(1, min(64, AT_ONCE // (images.shape[1] * images.shape[2])))
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    factor = getattr(vae.config, "scaling_factor", None) or 1.0
     parts = []
     for start in range(0, len(images), batch):
         pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2)
         pixels = pixels.to(vae.device, vae.dtype) / 127.5 - 1
         mean = _mean(vae.encode(pixels))
+        shift, factor = _scale(vae, mean)
         parts.append(((mean - shift) * factor if scaled else mean).float().cpu())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: torch.Tensor) -> np.ndarray:
+    """Scaled latents [N, C, h, w] → images, float32 [N, H, W, 3] in [0, 1]."""
+    latents = latents.to(vae.device, vae.dtype)
+    shift, factor = _scale(vae, latents)
+    # As many as fit where an autoencoder makes 8×8 pixels of a latent, as most do.
+    batch = max(1, min(64, AT_ONCE // (64 * latents.shape[2] * latents.shape[3])))
+    parts = []
+    for start in range(0, len(latents), batch):
+        pixels = vae.decode(latents[start : start + batch] / factor + shift).sample
+        parts.append((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _scale(vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
+    """Shift and factor between an autoencoder's latents and the denoiser's, (latent − shift) · factor: numbers, or
+    tensors [1, C, 1, 1] for an autoencoder with a mean and deviation of each channel."""
+    factor = getattr(vae.config, "scaling_factor", None) or 1.0
+    means, deviations = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if means is None or deviations is None:
+        return getattr(vae.config, "shift_factor", None) or 0.0, factor
+    mean, deviation = (like.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
+    return mean, factor / deviation
 
 
 def _mean(encoded: Any) -> torch.Tensor:

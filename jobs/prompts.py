@@ -28,7 +28,7 @@ from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.layout import create
-from storage.snapshot import load, numbers
+from storage.snapshot import sealed_under
 
 GOLDEN = (5**0.5 - 1) / 2
 LONE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, UTF-8 cannot
@@ -213,12 +213,9 @@ def prompts(run: Run, keep: bool = False) -> None:
 
 def _changed(run: Run) -> list[str]:
     """The settings that are not those under which the store's prompts were sealed, the source aside."""
-    for number in numbers(run.store):
-        sealed = load(run.store, number)
-        if sealed.stage == "prompts":
-            before, now = sealed.recipe.get("prompts", {}), run.recipe.model_dump(mode="json")["prompts"]
-            return [key for key in now if key != "source" and before.get(key) != now[key]]
-    return []
+    before = (sealed_under(run.store, "prompts") or {}).get("prompts", {})
+    now = run.recipe.model_dump(mode="json")["prompts"]
+    return [key for key in now if before and key != "source" and before.get(key) != now[key]]
 
 
 def chosen(run: Run, split: str, n: int | None) -> pa.Table:

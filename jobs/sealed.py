@@ -11,7 +11,7 @@ from jobs.recipe import Recipe
 from schemas.errors import WinnowError
 from storage.layout import check, clean
 from storage.query import arrow
-from storage.snapshot import load, numbers
+from storage.snapshot import sealed_under
 
 
 def sample_row(store: Path, sample: int) -> dict[str, Any]:
@@ -24,15 +24,14 @@ def sample_row(store: Path, sample: int) -> dict[str, Any]:
 
 def recipe_of(store: Path, row: dict[str, Any]) -> Recipe:
     """The recipe, in its arm's form, of the stage that made this row of ``samples``."""
-    folder = f"tables/samples/round-{row['round']}/arm-{clean(row['arm'])}/split-{row['split']}/"
-    for number in numbers(store):
-        snapshot = load(store, number)
-        if any(part.path.startswith(folder) for part in snapshot.parts):
-            try:
-                return Recipe.model_validate(snapshot.recipe)
-            except ValidationError as error:
-                raise WinnowError(
-                    f"snapshot {number}: its recipe is of another Winnow ({error.error_count()} keys differ); use the "
-                    "Winnow that made it"
-                ) from error
-    raise WinnowError(f"{folder}: sealed by no snapshot; run 'winnow verify'")
+    folder = f"samples/round-{row['round']}/arm-{clean(row['arm'])}/split-{row['split']}"
+    sealed = sealed_under(store, folder)
+    if sealed is None:
+        raise WinnowError(f"tables/{folder}: sealed by no snapshot; run 'winnow verify'")
+    try:
+        return Recipe.model_validate(sealed)
+    except ValidationError as error:
+        raise WinnowError(
+            f"tables/{folder}: its recipe is of another Winnow ({error.error_count()} keys differ); use that "
+            "Winnow"
+        ) from error

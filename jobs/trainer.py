@@ -125,7 +125,7 @@ def fine_tune(
         raise WinnowError("train: weights must be finite, at least 0 and not all 0; weigh and export again")
     made_by, kind = family(pipe), objective(pipe.scheduler)
     texts = [row.text for row in rows]
-    conditions = Conditions(pipe)
+    conditions = Conditions(pipe, sorted(set(texts)))
     conditions([*sorted(set(texts)), None])
     latents = latents_of(pipe, rows, settings.size)
     if any(side % made_by.patch for side in latents.shape[2:]):

@@ -70,6 +70,15 @@ def load(root: str | Path, number: int) -> Snapshot:
         raise WinnowError(f"{path}: damaged ({error}); restore it, or read an older snapshot") from error
 
 
+def sealed_under(root: str | Path, folder: str) -> dict[str, Any] | None:
+    """The recipe of the stage that first sealed parts in this folder below `tables/`; None where none did."""
+    for number in numbers(root):
+        snapshot = load(root, number)
+        if any(part.path.startswith(f"tables/{folder}/") for part in snapshot.parts):
+            return snapshot.recipe
+    return None
+
+
 def _sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from jobs import models
 from jobs.encoders import ENCODERS, encoder
-from jobs.latents import Latents
+from jobs.images import array
+from jobs.latents import Latents, decode, encode
 from jobs.world import WEIGHTS
 from schemas.errors import WinnowError
 
@@ -70,6 +71,24 @@ def test_scaled_latents_subtract_the_shift(tmp_path: Path, stable_diffusion: Pat
     images = pictures()
     scaled = encoder(f"vae:{tmp_path / 'vae'}").encode(images, [""] * 5)
     np.testing.assert_allclose(scaled, (by_hand(vae, images) - 0.1159) * 0.3611, atol=1e-5)
+
+
+def test_scaled_latents_by_channel_and_back(stable_diffusion: Path) -> None:
+    """Some autoencoders have a mean and deviation of each channel; decoding undoes either scale."""
+    from diffusers import AutoencoderKL
+
+    vae, images = AutoencoderKL.from_pretrained(stable_diffusion / "vae").eval(), pictures()
+    pixels = array(images)
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(by_hand(vae, images)).view(5, 4, 16, 16)).sample
+    expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(decode(vae, encode(vae, pixels)), expected, atol=1e-5)
+    means, deviations = np.array([0.1, -0.2, 0.3, 0.0]), np.array([2.0, 0.5, 1.0, 4.0])
+    vae.register_to_config(scaling_factor=0.5, latents_mean=means.tolist(), latents_std=deviations.tolist())
+    raw = by_hand(vae, images).reshape(5, 4, 16, 16)
+    scaled = (raw - means.reshape(4, 1, 1)) * 0.5 / deviations.reshape(4, 1, 1)
+    np.testing.assert_allclose(encode(vae, pixels).numpy(), scaled, atol=1e-5)
+    np.testing.assert_allclose(decode(vae, encode(vae, pixels)), expected, atol=1e-5)
 
 
 def test_a_bare_autoencoder_is_that_of_its_pipeline(stable_diffusion: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS
 
 from jobs import lora, models
-from jobs.families import FAMILIES, Conditions, family
+from jobs.families import FAMILIES, TOGETHER, Conditions, family
 from jobs.generate import Generate, Sampler
 from jobs.train import Train
 from jobs.trainer import fine_tune
@@ -70,22 +70,50 @@ def test_sampling_with_conditions_is_sampling_with_texts(pipe: Any, guidance: fl
     np.testing.assert_allclose(one[0], expected[1], atol=2e-4)
 
 
-def test_each_text_is_encoded_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, asked = pipe.encode_prompt, []
+@pytest.fixture
+def asked(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts of every call of the pipeline's encoders."""
+    encode, calls = pipe.encode_prompt, []
 
-    def count(texts: list[str], *args: Any, **kwargs: Any) -> Any:
-        asked.extend(texts)
+    def keep(texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        calls.append(list(texts))
         return encode(texts, *args, **kwargs)
 
+    monkeypatch.setattr(pipe, "encode_prompt", keep)
+    return calls
+
+
+def test_each_text_is_encoded_once(pipe: Any, asked: list[list[str]]) -> None:
     conditions = Conditions(pipe)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipe, "encode_prompt", count)
-        first = conditions([WORDS[0], WORDS[1], WORDS[0]])
-        again = conditions([WORDS[1]])
-    assert sorted(asked) == sorted(WORDS[:2])
+    first = conditions([WORDS[0], WORDS[1], WORDS[0]])
+    again = conditions([WORDS[1]])
+    assert sorted(asked) == sorted([text] for text in WORDS[:2])
     for key in first:
         assert torch.equal(first[key][0], first[key][2]) and torch.equal(first[key][1], again[key][0])
         assert not torch.equal(first[key][0], first[key][1])
+
+
+def test_texts_told_beforehand_are_encoded_together_wherever_one_begins(pipe: Any, asked: list[list[str]]) -> None:
+    texts = [f"{first} {second}" for first in WORDS[0].split() for second in " ".join(WORDS).split()][
+        : 2 * TOGETHER + 3
+    ]
+    texts = [*dict.fromkeys(texts)]
+    batches = [texts[start : start + TOGETHER] for start in range(0, len(texts), TOGETHER)]
+    assert len(batches) >= 2
+    whole = Conditions(pipe, [*texts, *texts])
+    every = whole([*texts, None])
+    assert asked[: len(batches)] == batches and len(asked) == len(batches) + 1
+    alone = Conditions(pipe)(texts)
+    later = Conditions(pipe, texts, forget=True)
+    last = later([texts[-1], texts[0]])
+    for key in every:
+        torch.testing.assert_close(every[key][:-1], alone[key], atol=1e-5, rtol=1e-4)
+        assert torch.equal(last[key], every[key][[-2, 0]])
+    assert set(later.known) == {*batches[-1], *batches[0]}
+    asked.clear()
+    later([texts[0]])
+    later([texts[-1]])
+    assert asked == [batches[-1]] and set(later.known) == set(batches[-1])
 
 
 def examples() -> list[Any]:
@@ -194,15 +222,15 @@ def test_a_memory_too_small_is_met_with_halves(
     texts, seeds, settings = [WORDS[0]] * 7, list(range(7)), Generate(steps=2, guidance=1.0)
     expected = Sampler(pipe, settings)(texts, seeds)
     draw, sizes = Sampler(pipe, settings), []
-    inner, room = draw._sample, 2
+    inner, room = draw._denoise, 2
 
-    def small(texts: list[str], seeds: list[int]) -> np.ndarray:
+    def small(texts: list[str], seeds: list[int]) -> torch.Tensor:
         sizes.append(len(texts))
         if len(texts) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore.")
         return inner(texts, seeds)
 
-    monkeypatch.setattr(draw, "_sample", small)
+    monkeypatch.setattr(draw, "_denoise", small)
     np.testing.assert_allclose(draw(texts, seeds), expected, atol=1e-5)
     assert sizes == [7, 4, 2, 2, 2, 1] and draw.fits == 2
     assert "7 images at once do not fit into the memory; going on with 4" in capsys.readouterr().err
@@ -212,6 +240,25 @@ def test_a_memory_too_small_is_met_with_halves(
     room = 0
     with pytest.raises(WinnowError, match="one image does not fit into the memory .CUDA out of memory"):
         draw(texts, seeds)
+
+
+def test_a_decoder_out_of_memory_waits_for_its_turn(stable_diffusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import latents
+
+    draw = Sampler(models.load(str(stable_diffusion)), Generate(steps=2, guidance=1.0))
+    made, inner, left = draw.denoise(WORDS[:2], [1, 2]), latents.decode, [1]
+
+    def small(vae: Any, some: torch.Tensor) -> np.ndarray:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(vae, some)
+
+    monkeypatch.setattr(latents, "decode", small)
+    np.testing.assert_array_equal(draw.decode(made), inner(draw.pipe.vae, made))
+    left[0] = 2
+    with pytest.raises(WinnowError, match="one image does not fit into the memory .CUDA out of memory"):
+        draw.decode(made)
 
 
 def test_sizes_that_a_model_cannot_take_are_named(folder: Path, tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 from conftest import WORDS, build_stable_diffusion
 from PIL import Image
 
 from jobs import models
+from jobs.families import Conditions, family
 from jobs.generate import Generate, Sampler
+from jobs.images import array
+from jobs.latents import encode
 from jobs.scorers import scorer
 from jobs.scorers.guidance_gap import LEVELS, SEED, GuidanceGap
 from jobs.world.judge import Judge
@@ -117,36 +121,7 @@ def test_a_cut_text_is_told_at_the_very_token(stable_diffusion: Path) -> None:
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SDXL pipeline of random weights, 32×32 pixels: two text encoders, pooled text and sizes as conditions."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from jobs.world.generator import word_tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(WORDS)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 24,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=32, scaling_factor=0.13025,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("gap") / "sdxl"
-    StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, force_zeros_for_empty_prompt=True,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return pipelines.build("sdxl", tmp_path_factory.mktemp("gap") / "sdxl")
 
 
 @torch.no_grad()
@@ -159,8 +134,8 @@ def test_sdxl_is_told_its_size_and_pooled_text(sdxl: Path) -> None:
     for image, prompt, value in zip(images, WORDS, values, strict=False):
         width, height = image.size
         pixels = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-        x = pipe.vae.encode(pixels).latent_dist.mean * 0.13025
-        ids = pipe.tokenizer(prompt, padding="max_length", max_length=10, return_tensors="pt").input_ids
+        x = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        ids = pipe.tokenizer(prompt, padding="max_length", max_length=16, return_tensors="pt").input_ids
         first = pipe.text_encoder(ids, output_hidden_states=True)
         second = pipe.text_encoder_2(ids, output_hidden_states=True)
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
@@ -178,6 +153,25 @@ def test_sdxl_is_told_its_size_and_pooled_text(sdxl: Path) -> None:
             ]  # fmt: skip
             total += rms(said[0] - said[1])
         assert value == pytest.approx(-total / len(LEVELS), rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd3-no-t5", "flux"])
+def test_a_transformer_is_asked_as_well(kind: str, tmp_path: Path) -> None:
+    """For a flow the difference of the predictions counts with what the noise leaves of the image, 1 − σ."""
+    folder = pipelines.build(kind, tmp_path / kind)
+    images = pictures(32, 32)
+    values, cut = scorer(f"guidance-gap:{folder}").score(images, WORDS[:2])
+    pipe = models.load(str(folder))
+    texts, nothing = Conditions(pipe)(WORDS[:2]), Conditions(pipe)([None, None])
+    x = encode(pipe.vae, array(images))
+    total = np.zeros(2)
+    with torch.no_grad():
+        for level, noise in zip(LEVELS, noises(x.shape[1:]), strict=True):
+            noisy, t = (1 - level) * x + level * noise, torch.full((2,), 1000 * level)
+            said = [family(pipe).predict(pipe, noisy, t, one) for one in (texts, nothing)]
+            total += [(1 - level) * rms(a - b) for a, b in zip(*said, strict=True)]
+    assert not cut.any() and (values < -1e-5).all()
+    np.testing.assert_allclose(values, -total / len(LEVELS), rtol=1e-3)
 
 
 def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def test_captions_are_distinct_and_always_the_same() -> None:
     assert len(captions) == 10 * 6 * 3 and all(parse(text).background for text in captions)
 
 
+def test_the_tokenizer_is_the_same_each_time() -> None:
+    one, other = word_tokenizer(all_captions()), word_tokenizer(all_captions())
+    assert one.get_vocab() == other.get_vocab()
+
+
 def test_every_word_is_one_token() -> None:
     captions = all_captions()
     tokenizer = word_tokenizer(captions)

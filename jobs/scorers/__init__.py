@@ -99,7 +99,7 @@ SCORERS: dict[str, Callable[[str], Scorer]] = {
     "hps-v2.1": _hps,  # cosine in [-1, 1], compares images of one prompt; hps-v2.1:/path/to/checkpoint
     "pickscore": _pickscore,  # about 15 to 25; pickscore:/path/to/folder
     "image-reward": _image_reward,  # about -2 to 2; image-reward:/path/to/checkpoint
-    "guidance-gap": _guidance_gap,  # at most 0; guidance-gap:embedded, guidance-gap:org/name, a U-Net pipeline
+    "guidance-gap": _guidance_gap,  # at most 0; guidance-gap:embedded, guidance-gap:org/name, a pipeline
     "scene-clip": _scene_clip,  # cosine in [-1, 1]; the embedded world's selecting scorer
     "scene-reader": _scene_reader,  # log-likelihood, at most 0; never used to select
     "scene-judge": _scene_judge,  # 1 where everything is as the caption says, else 0; never used to select

@@ -5,7 +5,8 @@ sampling path: the image's latents x are noised to each of LEVELS, with noise th
 
     gap = mean over the levels of  RMS(ε(x_t, t, prompt) − ε(x_t, t, nothing)),
 
-the root of the mean square over all numbers of a latent; "nothing" is what the pipeline itself guides away from.
+the root of the mean square over all numbers of a latent; "nothing" is what the pipeline itself guides away from, for
+FLUX, which is told its guidance, an empty text.
 Models that predict v or a flow are translated: Δε = √ᾱ · Δv, and Δε = (1 − σ) · Δu.
 
 The score is −gap. An image that already shows what the prompt says needs no push towards it, one that shows
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from jobs import devices, models
+from jobs.families import Conditions
 from jobs.images import array
 from jobs.latents import encode
 from jobs.pretrained import too_long
@@ -36,7 +38,7 @@ SEED = 2505_23343
 
 
 class GuidanceGap:
-    """``model``: a U-Net pipeline (Stable Diffusion, SDXL), by name, folder or Hub id; usually a small one. float32."""
+    """``model``: a pipeline by name, folder or Hub id; usually a small one. float32."""
 
     def __init__(self, model: str) -> None:
         if not model:
@@ -46,13 +48,7 @@ class GuidanceGap:
 
     @cached_property
     def pipe(self) -> Any:
-        pipe = models.load(self.model, torch.float32)
-        if not hasattr(pipe, "unet"):
-            raise WinnowError(
-                f"scorer 'guidance-gap:{self.model}': a {type(pipe).__name__} has no U-Net; give a Stable Diffusion "
-                "or SDXL pipeline"
-            )
-        return pipe
+        return models.load(self.model, torch.float32)
 
     @torch.no_grad()
     def score(self, images: list[Image.Image], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,48 +59,38 @@ class GuidanceGap:
         for size in dict.fromkeys(sizes):  # latents of one size go together
             some = [i for i, other in enumerate(sizes) if other == size]
             pixels = array([images[i].convert("RGB") for i in some])
-            values[some] = -self.gaps(encode(self.pipe.vae, pixels), [prompts[i] for i in some], size)
+            values[some] = -self.gaps(encode(self.pipe.vae, pixels), [prompts[i] for i in some])
         cut = np.zeros(len(prompts), bool)
-        for name in ("tokenizer", "tokenizer_2"):
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             if (tokenizer := getattr(self.pipe, name, None)) is not None:
                 cut |= np.array(too_long(tokenizer, prompts, tokenizer.model_max_length))
         return values, cut
 
-    def gaps(self, latents: Tensor, prompts: list[str], size: tuple[int, int]) -> np.ndarray:
-        """Gap of each of the scaled latents [N, C, h, w] for its prompt [N]; ``size``: width and height in pixels."""
-        pipe, x = self.pipe, latents.to(devices.device())
-        told, untold = self.conditions(prompts, size)
+    def gaps(self, latents: Tensor, prompts: list[str]) -> np.ndarray:
+        """Gap of each of the scaled latents [N, C, h, w] for its prompt [N]."""
+        pipe, x, conditions = self.pipe, latents.to(devices.device()), Conditions(self.pipe)
+        predict = conditions.family.predict
+        told, untold = (
+            {key: value.to(x.device) for key, value in conditions(texts).items()}
+            for texts in (prompts, [None] * len(prompts))
+        )
         random = torch.Generator().manual_seed(SEED)
         total = torch.zeros(len(x), device=x.device)
         for level in LEVELS:
             noise = torch.randn(x.shape[1:], generator=random).to(x.device)
             noisy, t, factor = noised(pipe.scheduler, x, noise, level)
             with devices.exact():
-                moved = pipe.unet(noisy, t, **told).sample - pipe.unet(noisy, t, **untold).sample
+                moved = predict(pipe, noisy, t, told) - predict(pipe, noisy, t, untold)
             total += factor * moved.square().flatten(1).mean(1).sqrt()
         return (total / len(LEVELS)).cpu().numpy()
 
-    def conditions(self, prompts: list[str], size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the U-Net is told with the prompts, and without."""
-        pipe = self.pipe
-        made = pipe.encode_prompt(
-            prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        told, untold = {"encoder_hidden_states": made[0]}, {"encoder_hidden_states": made[1]}
-        if pipe.unet.config.addition_embed_type == "text_time":  # SDXL: pooled text, and the size as it was and is
-            width, height = size
-            place = torch.tensor([[height, width, 0, 0, height, width]], device=pipe.device, dtype=torch.float32)
-            for side, pooled in ((told, made[2]), (untold, made[3])):
-                side["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": place.expand(len(prompts), -1)}
-        return told, untold
-
 
 def noised(scheduler: Any, x: Tensor, noise: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
-    """Latents at a noise level in (0, 1), their timestep, and what turns the model's unit into that of ε."""
+    """Latents at a noise level in (0, 1), their timesteps [N], and what turns the model's unit into that of ε."""
     kind, steps = objective(scheduler), scheduler.config.num_train_timesteps
     if kind == "flow":
-        return torch.lerp(x, noise.expand_as(x), level), torch.tensor(level * steps, device=x.device), 1 - level
+        return torch.lerp(x, noise.expand_as(x), level), x.new_full((len(x),), level * steps), 1 - level
     t = int(level * steps)
     kept = float(scheduler.alphas_cumprod[t])
     noisy = kept**0.5 * x + (1 - kept) ** 0.5 * noise
-    return noisy, torch.tensor(t, device=x.device), 1.0 if kind == "epsilon" else kept**0.5
+    return noisy, torch.full((len(x),), t, device=x.device), 1.0 if kind == "epsilon" else kept**0.5

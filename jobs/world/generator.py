@@ -34,13 +34,15 @@ def word_tokenizer(captions: list[str]) -> Any:
     from transformers import CLIPTokenizer
 
     marks = ["<|startoftext|>", "<|endoftext|>"]
+    # Named beforehand: the trainer would number what ends a word as its hash table has it, otherwise in every process.
+    ends = sorted({f"{word[-1]}</w>" for line in captions for word in line.lower().split()})
     bpe = Tokenizer(models.BPE(unk_token=marks[1], end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(vocab_size=1000, special_tokens=marks, end_of_word_suffix="</w>", show_progress=False),
+    learn = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=[*marks, *ends], end_of_word_suffix="</w>", show_progress=False
     )
+    bpe.train_from_iterator(captions, learn)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     return CLIPTokenizer(
