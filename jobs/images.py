@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from PIL import Image
 
 from schemas.errors import WinnowError
 
+T = TypeVar("T")
 Format = Literal["png", "webp", "jpeg"]
 MOST_PIXELS = 2**26  # 8192 × 8192; a 10 KB file can claim many more
 FLAT = 2.0  # standard deviation (of 255) below which an image shows nothing
@@ -26,11 +28,20 @@ def encode(image: np.ndarray, format: Format) -> bytes:
 
 def decode(data: bytes, name: str = "image") -> Image.Image:
     """An RGB image from a file's bytes; WinnowError where they are none, or too large to open."""
+    return _opened(data, name, lambda image: image.convert("RGB"))
+
+
+def size_of(data: bytes, name: str = "image") -> tuple[int, int]:
+    """Width and height in pixels, from the head of a file alone; errors as of ``decode``."""
+    return _opened(data, name, lambda image: image.size)
+
+
+def _opened(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MOST_PIXELS:
             raise WinnowError(f"{name}: {image.width}×{image.height} pixels, allowed are {MOST_PIXELS}; shrink it")
-        return image.convert("RGB")
+        return use(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise WinnowError(f"{name}: not a readable image ({error}); remove or replace it") from error
 
@@ -56,11 +67,18 @@ def array(images: list[Image.Image]) -> np.ndarray:
 
 def square(image: Image.Image, side: int) -> Image.Image:
     """The middle of the image as a square of ``side`` pixels, resized (Lanczos) where it is not that size."""
-    if image.size == (side, side):
+    return cover(image, side, side)
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of the image at width × height pixels: as much of it as has that aspect ratio, resized once (Lanczos)
+    and alike in both directions, or the image itself where it has that size."""
+    if image.size == (width, height):
         return image
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge))
+    wide = min(image.width, image.height * width / height)
+    high = min(image.height, image.width * height / width)
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + wide, top + high))
 
 
 def fault(image: np.ndarray) -> str | None:
