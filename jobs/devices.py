@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 
 @lru_cache
@@ -26,6 +27,13 @@ def dtype() -> torch.dtype:
     import torch
 
     return torch.bfloat16 if device() == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def processes() -> PartialState:
+    """This process among those that ``accelerate launch`` or ``torchrun`` started; alone without them."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device() == "cpu")
 
 
 @contextmanager

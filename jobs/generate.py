@@ -29,12 +29,20 @@ if TYPE_CHECKING:
 Split = Literal["reference", "train", "eval"]
 
 
+class Negative(Settings):
+    """``model``: one to be led away from, of the same architecture, such as one that was trained on its own samples;
+    ``weight``: how far, 0 not at all. See jobs.negative."""
+
+    model: str
+    weight: float = Field(1.0, ge=0)
+
+
 class Generate(Settings):
     """``prompts`` a round (null: all of them), images per prompt and how to sample. Sizes null: the model's own.
     ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
     GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
     an image that shows nothing. ``source``: images to take in instead, a folder, Parquet files or hub:org/name, with
-    their captions in ``column``."""
+    their captions in ``column``. ``negative``: guidance away from another model."""
 
     source: str | None = None
     column: str = "text"
@@ -42,6 +50,7 @@ class Generate(Settings):
     images_per_prompt: int = Field(4, ge=1)
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=0)
+    negative: Negative | None = None
     width: int | None = Field(None, ge=8, multiple_of=8)
     height: int | None = Field(None, ge=8, multiple_of=8)
     batch: int = Field(8, ge=1)
@@ -57,7 +66,7 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
     settings = run.recipe.generate
     texts = chosen(run, "eval" if split == "eval" else "train", prompts)
     where = ["eval"] if split == "eval" else [split, run.round, run.arm]
-    sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"})
+    sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"}) | away(settings)
     rows = []
     for prompt_id, text in zip(texts["prompt_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
         for k in range(per_prompt):
@@ -65,6 +74,13 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
             number = sample_id([model, sampler, split, run.round, run.arm, prompt_id, seed])
             rows.append({"sample_id": number, "prompt_id": prompt_id, "prompt": text, "seed": seed})
     return pa.Table.from_pylist(rows)
+
+
+def away(settings: Generate) -> dict[str, Any]:
+    """What of the sampling the negative guidance decides: nothing where there is none."""
+    if settings.negative is None:
+        return {}
+    return {"negative": [models.revision(settings.negative.model), settings.negative.weight]}
 
 
 class Sampler:
@@ -161,8 +177,12 @@ def sampler(model: str, settings: Generate, texts: Iterable[str] = ()) -> Sample
     if pipe.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    if settings.negative:
+        from jobs.negative import lead_away
+
+        lead_away(pipe, settings.negative)
     if settings.compile:
-        network.compile()
+        kind.model(pipe).compile()
     return Sampler(pipe, settings, texts)
 
 
@@ -213,8 +233,9 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
-    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column"}
-    making = settings.model_dump(mode="json", exclude=apart) | {"dtype": settings.dtype or str(devices.dtype())}
+    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "negative"}
+    dtype = settings.dtype or str(devices.dtype())
+    making = settings.model_dump(mode="json", exclude=apart) | {"dtype": dtype} | away(settings)
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, rows, settings.batch, spec)
@@ -238,6 +259,8 @@ def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) 
 
     def work(some: pa.Table) -> Made:
         rows = some.to_pylist()
-        return partial(files, rows, draw.denoise([row["prompt"] for row in rows], [row["seed"] for row in rows]))
+        finish = partial(files, rows, draw.denoise([row["prompt"] for row in rows], [row["seed"] for row in rows]))
+        # On a CPU the two halves would take the cores from each other, and threads that wait for each other lose both.
+        return finish() if devices.device() == "cpu" else finish
 
     return work

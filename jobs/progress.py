@@ -33,12 +33,12 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(label: str, total: int | None) -> Iterator[Advance]:
+def bar(label: str, total: int | None, quiet: bool = False) -> Iterator[Advance]:
     """A bar from 0 to ``total`` (null: one that only moves) on standard error; silent when that is not a terminal."""
     console = Console(file=sys.stderr)
     words = TextColumn("{task.description:<34}")
     columns = (words, BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty()) as progress:
         task = progress.add_task(label, total=total)
 
         def advance(n: int = 1) -> None:

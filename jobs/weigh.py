@@ -1,17 +1,24 @@
-"""Stage ``weigh``: how much each kept sample counts, by its distance to D_0 (RSIDiff, equation 5)."""
+"""Stage ``weigh``: how much each kept sample counts, by its distance to D_0 (RSIDiff, equation 5), or by how much
+better it is than all images of its prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from curate import advantage
 from curate import weigh as law
+from jobs import samples
 from jobs.distance import distances_of
 from jobs.progress import say
 from jobs.run import Run, ids
+from jobs.score import scores_of
+from jobs.select import fuse, selecting
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -19,14 +26,17 @@ from schemas.tables import TABLES
 
 
 class Weigh(Settings):
-    """``by``: "distance", or "nothing" for weight 1. ``beta`` and ``sigma2`` in the unit of the distance; where
-    null, beta is the ``quantile`` of D_0's distance to itself and sigma2 the spread from there to ``tail``."""
+    """``by``: "distance", "advantage", or "nothing" for weight 1. ``beta`` and ``sigma2`` in the unit of the distance;
+    where null, beta is the ``quantile`` of D_0's distance to itself and sigma2 the spread from there to ``tail``. An
+    advantage of a standard deviations counts exp(a / ``temperature``), at most ``most``."""
 
-    by: Literal["distance", "nothing"] = "distance"
+    by: Literal["distance", "advantage", "nothing"] = "distance"
     beta: float | None = None
     quantile: float = Field(0.9, ge=0, lt=1)
     sigma2: float | None = Field(None, gt=0)
     tail: float = Field(0.99, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+    most: float = Field(20.0, ge=1)
 
     @model_validator(mode="after")
     def _together(self) -> Weigh:
@@ -64,24 +74,48 @@ def weigh(run: Run) -> None:
     if settings.by == "distance" and run.recipe.distance.space is None:
         raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
     scale = scale_of(run) if settings.by == "distance" else None
-    spec = ["weigh", settings.model_dump(mode="json"), run.recipe.distance.model_dump(mode="json"), scale]
+    # Settings of the other way stay out: they change nothing.
+    used = {"by", "temperature", "most"} if settings.by == "advantage" else {"by", "beta", "quantile", "sigma2", "tail"}
+    spec = ["weigh", settings.model_dump(mode="json", include=used), run.recipe.distance.model_dump(mode="json"), scale]
+    if settings.by == "advantage":
+        spec.append([selecting(run.recipe), run.recipe.select.model_dump(mode="json", include={"fuse", "within"})])
     work = units("weights", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
-    complete(run, "weigh", "weights", work, lambda: _work(run, scale))
+    ways = {"distance": partial(_by_distance, run, scale), "advantage": partial(_by_advantage, run)}
+    complete(run, "weigh", "weights", work, lambda: _work(run, ways.get(settings.by)))
 
 
-def _work(run: Run, scale: tuple[float, float] | None) -> Work:
+def _by_distance(run: Run, scale: tuple[float, float], numbers: np.ndarray) -> np.ndarray:
+    known, values = distances_of(run, "train")
+    return law.weights(_at(numbers, known, values), *scale)
+
+
+def _by_advantage(run: Run, numbers: np.ndarray) -> np.ndarray:
+    settings, rows = run.recipe, samples.of(run, "train")
+    used, groups = selecting(settings), rows["prompt_id"].to_numpy()
+    if not used:
+        raise WinnowError("weigh.by 'advantage' needs scores; name scorers in score.scorers")
+    scores = scores_of(run, "train", used)
+    better = advantage.advantages(fuse(settings.select, [scores[name] for name in used], groups), groups)
+    return advantage.weights(_at(numbers, ids(rows), better), settings.weigh.temperature, settings.weigh.most)
+
+
+def _at(numbers: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of each of ``numbers``, by those that are known."""
+    order = np.argsort(known)
+    return values[order[np.searchsorted(known, numbers, sorter=order)]]
+
+
+def _work(run: Run, way: Callable[[np.ndarray], np.ndarray] | None) -> Work:
     def work(rows: pa.Table) -> pa.Table:
         n = rows.num_rows
-        weights = np.ones(n)
-        if scale is not None:
-            numbers, values = distances_of(run, "train")
-            place = {number: i for i, number in enumerate(numbers.tolist())}
-            beta, sigma2 = scale
-            weights = law.weights(values[[place[number] for number in ids(rows).tolist()]], beta, sigma2)
+        weights = np.ones(n) if way is None else way(ids(rows))
+        if way is not None:
             size = law.effective_sample_size(weights)
+            settings = run.recipe.weigh
+            how = "" if settings.by == "advantage" else "; beta {:.4g}, sigma2 {:.4g}".format(*scale_of(run))
             say(
-                f"weigh {run.arm} round {run.round}: beta {beta:.4g}, sigma2 {sigma2:.4g}; "
-                f"mean weight {weights.mean():.3f}, effective samples {size:.0f} of {n}"
+                f"weigh {run.arm} round {run.round} by {settings.by}{how}; mean weight {weights.mean():.3f}, effective "
+                f"samples {size:.0f} of {n}"
             )
         columns = {
             "selection": pa.array([run.arm] * n),

@@ -157,7 +157,8 @@ SERVER = """
 import json, os, signal, sys
 import importlib
 import conftest, pytest, torch, duckdb, faiss, datasets, open_clip
-import jobs.round, jobs.clip, jobs.latents, jobs.trainer, jobs.recipe, jobs.demo, jobs.world.judge, jobs.world.reader
+import jobs.round, jobs.clip, jobs.latents, jobs.training.loop, jobs.recipe, jobs.demo
+import jobs.world.judge, jobs.world.reader
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 print("ready", flush=True)

@@ -13,7 +13,8 @@ from jobs import lora, models
 from jobs.families import FAMILIES, TOGETHER, Conditions, family
 from jobs.generate import Generate, Sampler
 from jobs.train import Train
-from jobs.trainer import fine_tune
+from jobs.training.cache import Example, build
+from jobs.training.loop import fine_tune
 from schemas.errors import WinnowError
 
 KINDS = ["sd", *pipelines.BUILDERS]
@@ -121,8 +122,6 @@ def examples() -> list[Any]:
 
     from PIL import Image
 
-    from jobs.trainer import Example
-
     rng = np.random.default_rng(5)
     made = []
     for i in range(5):
@@ -137,7 +136,7 @@ def trained(folder: Path, tmp_path: Path, **how: Any) -> Any:
     pipe = models.load(str(folder))
     if settings.method == "lora":
         lora.attach(pipe, settings.rank, 3)
-    fine_tune(pipe, examples(), settings, 7, tmp_path / "p.pt")
+    fine_tune(pipe, build(pipe, examples(), tmp_path / "cache"), settings, 7, tmp_path / "p.safetensors")
     return pipe
 
 
@@ -271,10 +270,3 @@ def test_sizes_that_a_model_cannot_take_are_named(folder: Path, tmp_path: Path) 
         return
     with pytest.raises(WinnowError, match=f"takes multiples of {fits}"):
         sampler(str(folder), Generate(width=8, height=32))
-
-
-def test_a_damaged_state_says_how_to_go_on(stable_diffusion: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.pt").write_bytes(b"abc" * 100)
-    settings = Train(steps=2, batch=2, checkpoint=0)
-    with pytest.raises(WinnowError, match=r"p\.pt: the kept state cannot be read .*remove it to train"):
-        fine_tune(models.load(str(stable_diffusion)), examples(), settings, 7, tmp_path / "p.pt")

@@ -28,8 +28,8 @@ from jobs import devices, models
 from jobs.families import Conditions
 from jobs.images import array
 from jobs.latents import encode
+from jobs.objective import objective
 from jobs.pretrained import too_long
-from jobs.trainer import objective
 from schemas.errors import WinnowError
 
 #: Shares of the training steps, or σ of a flow.
@@ -69,7 +69,7 @@ class GuidanceGap:
     def gaps(self, latents: Tensor, prompts: list[str]) -> np.ndarray:
         """Gap of each of the scaled latents [N, C, h, w] for its prompt [N]."""
         pipe, x, conditions = self.pipe, latents.to(devices.device()), Conditions(self.pipe)
-        predict = conditions.family.predict
+        predict, goal = conditions.family.predict, objective(pipe.scheduler)
         told, untold = (
             {key: value.to(x.device) for key, value in conditions(texts).items()}
             for texts in (prompts, [None] * len(prompts))
@@ -77,20 +77,11 @@ class GuidanceGap:
         random = torch.Generator().manual_seed(SEED)
         total = torch.zeros(len(x), device=x.device)
         for level in LEVELS:
-            noise = torch.randn(x.shape[1:], generator=random).to(x.device)
-            noisy, t, factor = noised(pipe.scheduler, x, noise, level)
+            noise = torch.randn(x.shape[1:], generator=random).to(x.device).expand_as(x)
+            t = torch.full((len(x),), level * goal.steps, device=x.device)
+            t = t if goal.kind == "flow" else t.long()
+            noisy = goal.noisy(x, noise, t)
             with devices.exact():
                 moved = predict(pipe, noisy, t, told) - predict(pipe, noisy, t, untold)
-            total += factor * moved.square().flatten(1).mean(1).sqrt()
+            total += goal.in_noise(t) * moved.square().flatten(1).mean(1).sqrt()
         return (total / len(LEVELS)).cpu().numpy()
-
-
-def noised(scheduler: Any, x: Tensor, noise: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
-    """Latents at a noise level in (0, 1), their timesteps [N], and what turns the model's unit into that of ε."""
-    kind, steps = objective(scheduler), scheduler.config.num_train_timesteps
-    if kind == "flow":
-        return torch.lerp(x, noise.expand_as(x), level), x.new_full((len(x),), level * steps), 1 - level
-    t = int(level * steps)
-    kept = float(scheduler.alphas_cumprod[t])
-    noisy = kept**0.5 * x + (1 - kept) ** 0.5 * noise
-    return noisy, torch.full((len(x),), t, device=x.device), 1.0 if kind == "epsilon" else kept**0.5

@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jobs import cache as caches
-from jobs import models, packs
-from jobs.buckets import Buckets
-from jobs.cache import Cache, build
+from jobs import models
 from jobs.families import family
-from jobs.trainer import Example
+from jobs.training import cache as caches
+from jobs.training import packs
+from jobs.training.buckets import Buckets
+from jobs.training.cache import Cache, Example, build
 from schemas.errors import WinnowError
 
 

@@ -21,26 +21,33 @@ from dataclasses import dataclass
 from functools import partial
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from jobs import digest
-from jobs.buckets import Buckets, Size, grid, nearest
 from jobs.families import Condition, family
 from jobs.images import array, cover, decode, size_of
 from jobs.latents import encode
-from jobs.packs import KEY, PACK_BYTES, Packs
 from jobs.progress import bar, say
+from jobs.training.buckets import Buckets, Size, grid, nearest
+from jobs.training.packs import KEY, PACK_BYTES, Packs
 from schemas.errors import WinnowError
-
-if TYPE_CHECKING:
-    from jobs.trainer import Example
 
 NOTHING = bytes(KEY)  # the key of no text
 WAITING = 256  # image files in memory, at most about
 TIDY = 64  # rows between two looks at what all buckets hold
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row: an image file with its text and weight."""
+
+    sample_id: int
+    text: str
+    weight: float
+    file: bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +85,8 @@ def build(
     """The cache of ``rows`` as ``pipe`` encodes them, whose autoencoder is put into float32. Only what the packs in
     ``folder`` lack is encoded. ``rows`` are read once, a few hundred image files in memory at most.
 
-    ``size`` alone: the middle square of that many pixels. With ``buckets`` too: see ``jobs.buckets``. ``buckets``
-    alone: images of one size are a bucket. Neither: images must have one size.
+    ``size`` alone: the middle square of that many pixels. With ``buckets`` too: see ``jobs.training.buckets``.
+    ``buckets`` alone: images of one size are a bucket. Neither: images must have one size.
 
     Raises WinnowError where an image cannot be read or has a size that does not fit, and where the disk is full; what
     was encoded up to a minute before is kept.

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jobs.buckets import Buckets, grid, nearest
 from jobs.images import cover, square
+from jobs.training.buckets import Buckets, grid, nearest
 from schemas.errors import WinnowError
 
 STEPS = st.sampled_from([8, 16, 24, 64])

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jobs import devices
 from schemas.errors import WinnowError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from jobs.cache import Cache
-    from jobs.families import Condition
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step trains on: ``rows`` int [n] of a cache, their latents [n, C, h, w] and their conditions [n, …]."""
-
-    step: int
-    rows: np.ndarray
-    latents: Tensor
-    condition: Condition
 
 
 def batches(bucket: np.ndarray, batch: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
@@ -71,18 +53,6 @@ def batches(bucket: np.ndarray, batch: int, seed: int, first: int = 0) -> Iterat
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of n rows in one epoch."""
     return np.random.default_rng([seed % 2**63, epoch]).permutation(n)
-
-
-def gather(
-    cache: Cache, steps: Iterable[np.ndarray], dropped: Callable[[int, np.ndarray], np.ndarray], first: int = 0
-) -> Iterator[Batch]:
-    """The batches of ``steps``, of which the first has the number ``first``, in pinned memory where there is a GPU.
-    ``dropped``: (step, rows [n]) → which of them are told no text, bool [n]."""
-    for step, rows in enumerate(steps, start=first):
-        latents, condition = cache.latents(rows), cache.conditions(rows, dropped(step, rows))
-        if devices.device() == "cuda":
-            latents, condition = latents.pin_memory(), {key: value.pin_memory() for key, value in condition.items()}
-        yield Batch(step, rows, latents, condition)
 
 
 class Loader(Generic[T]):

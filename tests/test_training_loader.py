@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import loader as loaders
-from jobs.loader import Batch, Loader, batches, gather
-from jobs.trainer import batch_rows
+from jobs.training import loader as loaders
+from jobs.training.loader import Loader, batches
 from schemas.errors import WinnowError
 
 
@@ -25,7 +24,6 @@ def test_one_bucket_is_epochs_one_behind_the_other(n: int, batch: int, seed: int
     drawn = list(islice(batches(np.zeros(n, int), batch, seed, first), 20))
     for step, rows in enumerate(drawn, start=first):
         np.testing.assert_array_equal(rows, line[step * batch : (step + 1) * batch])
-        np.testing.assert_array_equal(rows, batch_rows(seed, step, batch, n))
         assert rows.dtype == np.int64
 
 
@@ -146,16 +144,3 @@ class Held:
         import torch
 
         return {"prompt_embeds": torch.tensor(np.where(dropped, -1, rows))}
-
-
-def test_gather_numbers_the_steps_and_drops_texts() -> None:
-    held: Any = Held()
-    steps = islice(batches(np.zeros(10, int), 4, 3, first=5), 3)
-    made: list[Batch] = list(gather(held, steps, lambda step, rows: rows % 2 == step % 2, first=5))
-    assert [one.step for one in made] == [5, 6, 7]
-    for one in made:
-        rows = batch_rows(3, one.step, 4, 10)
-        np.testing.assert_array_equal(one.rows, rows)
-        np.testing.assert_array_equal(one.latents.numpy(), rows)
-        expected = [-1 if row % 2 == one.step % 2 else row for row in rows]
-        assert one.condition["prompt_embeds"].tolist() == expected

@@ -1,0 +1,46 @@
+"""Advantages: how much better a sample is than the others of its prompt, and what it then counts.
+
+After group-relative advantages (arXiv 2402.03300, section 4.1) and advantage-weighted regression (arXiv 1910.00177,
+equation 9): the scores of all n images of a prompt, kept and rejected, set the scale for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from curate.arrays import Float64s, vector
+from schemas.errors import WinnowError
+
+
+def advantages(scores: ArrayLike, groups: ArrayLike) -> Float64s:
+    """(score − mean) / standard deviation, both over the sample's group: [N], [N] -> [N].
+
+    0 for all of a group whose scores are equal, and for a sample that is alone. The deviation is that of the group
+    itself (division by n).
+    """
+    s = vector("scores", scores)
+    _, place, size = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if len(place) != len(s):
+        raise WinnowError(f"groups are {len(place)}, scores {len(s)}: give one group a score")
+    apart = s - (np.bincount(place, s) / size)[place]
+    # Taken twice, because the rounding of a first mean of large scores would pass for a spread.
+    apart -= (np.bincount(place, apart) / size)[place]
+    spread = np.sqrt(np.bincount(place, apart**2) / size)[place]
+    tiny = 1e-12 * np.maximum(np.abs(s), np.finfo(float).tiny)
+    return np.divide(apart, spread, out=np.zeros_like(apart), where=spread > tiny)
+
+
+def weights(advantage: ArrayLike, temperature: float = 1.0, most: float = 20.0) -> Float64s:
+    """w = min(exp(advantage / temperature), most): [N] -> [N] above 0; 1 for a sample that is as good as its peers.
+
+    A small temperature trains on the best alone, a large one on all alike.
+    """
+    a = vector("advantages", advantage)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise WinnowError(f"temperature is {temperature}: give a number above 0")
+    if not (math.isfinite(most) and most >= 1):
+        raise WinnowError(f"the largest weight is {most}: give 1 or more")
+    return np.exp(np.minimum(a / temperature, math.log(most)))

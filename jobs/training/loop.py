@@ -1,0 +1,253 @@
+"""The training loop: weighted denoising loss over cached latents, resumable to the bit.
+
+The loss of a batch of n rows is
+
+    Σ w_i · λ(t_i) · ‖prediction_i − target_i‖² / (D · total)
+
+with w the sample weight (RSIDiff, equation 6), λ 1 or min-SNR, D the numbers in a latent, and by ``normalise``
+
+    none    total = n: weight 2 counts as the sample twice, weight 0 as its absence from the sum
+    mean    total = n · mean of w over the whole set: the same learning rate whatever the weights' level
+    batch   total = Σ w of the batch: every step is as long, also where a batch happens to be light
+
+Every random number comes from the seed and the step, so a resumed run draws what an uninterrupted one does, and
+processes that share a batch draw what one process does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs import devices
+from jobs.families import Condition, family
+from jobs.objective import objective
+from jobs.progress import bar
+from jobs.training.cache import Cache
+from jobs.training.loader import Loader, batches
+from jobs.training.state import State
+from schemas.errors import WinnowError
+
+if TYPE_CHECKING:
+    from jobs.train import Train
+
+LOOKS = 4  # timesteps at which a row that is held back is looked at
+AT_ONCE = 2**24  # numbers of gradients that processes add up in one message
+
+
+def weighted_loss(prediction: Tensor, target: Tensor, weights: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """Σ w_i ‖prediction_i − target_i‖² / (D · total), a scalar, and each row's own mean square [N]."""
+    each = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return (weights * each).sum() / total, each.detach()
+
+
+def lr_factor(step: int, steps: int, floor: float, warmup: int = 0) -> float:
+    """Cosine from 1 down to ``floor``, its first ``warmup`` steps rising linearly from nothing: Adam's first steps
+    know no variance yet, and at full rate they undo more of a trained model than the rest can mend."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    return rise * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's share of a step: ``rows`` [n] of the data, and for each its latents, noise [n, C, h, w], normal
+    draw for its timestep [n], condition and weight [n]; ``total``: what the loss of the whole batch is divided by."""
+
+    rows: np.ndarray
+    latents: Tensor
+    noise: Tensor
+    draw: Tensor
+    told: Condition
+    weights: Tensor
+    total: float
+
+    def _each(self, change: Callable[[Tensor], Tensor], rows: np.ndarray) -> Batch:
+        latents, noise, draw, weights = map(change, (self.latents, self.noise, self.draw, self.weights))
+        told = {key: change(value) for key, value in self.told.items()}
+        return Batch(rows, latents, noise, draw, told, weights, self.total)
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU reads on its own."""
+        return self._each(Tensor.pin_memory, self.rows)
+
+    def part(self, some: slice, device: torch.device) -> Batch:
+        """Some of its rows, on the device."""
+        return self._each(lambda tensor: tensor[some].to(device, non_blocking=True), self.rows[some])
+
+
+class Trainer:
+    """A pipeline's denoiser under training. What of it wants gradients is trained, in place."""
+
+    def __init__(self, pipe: Any, data: Cache, settings: Train, seed: int) -> None:
+        if not np.isfinite(data.weights).all() or (data.weights < 0).any() or not (data.weights > 0).any():
+            raise WinnowError("train: weights must be finite, at least 0 and not all 0; weigh and export again")
+        self.pipe, self.data, self.settings, self.seed = pipe, data, settings, seed
+        mixed = np.random.default_rng([seed % 2**63, 0]).permutation(len(data))
+        if settings.validation >= len(data):
+            raise WinnowError(
+                f"train.validation is {settings.validation}, and there are {len(data)} rows; leave some to train on"
+            )
+        self.held_back = np.sort(mixed[len(data) - settings.validation :])
+        self.kept = np.sort(mixed[: len(data) - settings.validation])
+        self.family, self.objective = family(pipe), objective(pipe.scheduler)
+        self.objective.check(settings.window, settings.min_snr)
+        self.group = devices.processes()
+        if settings.batch < self.group.num_processes:
+            raise WinnowError(
+                f"train.batch is {settings.batch}, for {self.group.num_processes} processes; give at least as many"
+            )
+        self.model = self.family.model(pipe).train()
+        if settings.checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.device = next(self.model.parameters()).device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.state = State(self.parameters, self.average, self.optimiser)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of these rows, and each row's own mean square [N]."""
+        settings, goal = self.settings, self.objective
+        t = goal.times(batch.draw, settings.window, settings.times)
+        noisy, target = goal.noisy(batch.latents, batch.noise, t), goal.target(batch.latents, batch.noise, t)
+        precision = getattr(torch, settings.precision) if settings.precision else devices.dtype()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            prediction = self.family.predict(self.pipe, noisy, t, batch.told)
+        weights = batch.weights if settings.min_snr is None else batch.weights * goal.min_snr(t, settings.min_snr)
+        return weighted_loss(prediction, target, weights, batch.total)
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        """This process's share of the step: all processes draw for the whole batch and take their own rows."""
+        data, settings = self.data, self.settings
+        random = torch.Generator().manual_seed((self.seed + step) % 2**63)
+        noise = torch.randn((len(rows), *data.shapes[data.bucket[rows[0]]]), generator=random)
+        draw = torch.randn(len(rows), generator=random)
+        dropped = torch.rand(len(rows), generator=random) < settings.prompt_dropout
+        weights = torch.from_numpy(data.weights[rows])
+        level = {"none": 1.0, "mean": float(data.weights.mean()), "batch": float(weights.mean()) or 1.0}
+        mine = slice(self.group.process_index, None, self.group.num_processes)
+        found = Batch(
+            rows[mine], data.latents(rows[mine]), noise[mine], draw[mine],
+            data.conditions(rows[mine], dropped[mine].numpy()), weights[mine], len(rows) * level[settings.normalise],
+        )  # fmt: skip
+        return found.pinned() if self.device.type == "cuda" else found
+
+    def fixed(self, row: int) -> Batch:
+        """One row at LOOKS timesteps spread over the window, with noise that is always the same: for validation."""
+        rows = np.full(LOOKS, row)
+        random = torch.Generator().manual_seed(int(self.data.sample_ids[row]) % 2**63)
+        noise = torch.randn((LOOKS, *self.data.shapes[self.data.bucket[row]]), generator=random)
+        draw = torch.special.ndtri((torch.arange(LOOKS) + 0.5) / LOOKS)
+        told = self.data.conditions(rows, np.zeros(LOOKS, bool))
+        return Batch(rows, self.data.latents(rows), noise, draw, told, torch.ones(LOOKS), LOOKS)
+
+    def step(self, step: int, batch: Batch) -> float:
+        """One step of the optimiser; returns the whole batch's loss."""
+        settings = self.settings
+        for some in self.optimiser.param_groups:
+            some["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
+        self.optimiser.zero_grad()
+        total, bad = torch.zeros((), device=self.device), []
+        size = settings.micro_batch or len(batch.rows)
+        for start in range(0, len(batch.rows), size):
+            part = batch.part(slice(start, start + size), self.device)
+            loss, each = self.loss(part)
+            loss.backward()
+            total += loss.detach()
+            bad.append(each)
+        value = float(self._sum([total])[0])
+        if not math.isfinite(value):
+            self._refuse(step, value, batch.rows[~torch.cat(bad).isfinite().cpu().numpy()])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self._sum(gradients)
+        nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+        self.optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
+        return value
+
+    def _refuse(self, step: int, value: float, rows: np.ndarray) -> None:
+        names = ", ".join(str(self.data.sample_ids[row]) for row in rows[:5])
+        which = f"samples {names}{', …' if len(rows) > 5 else ''}" if len(rows) else "the samples of another process"
+        raise WinnowError(
+            f"train: the loss is {value} at step {step} ({which}); what was kept before stays; lower train.lr, or look "
+            "at these samples"
+        )
+
+    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Summed over the processes, in place."""
+        if self.group.num_processes == 1:
+            return tensors
+        from accelerate.utils import reduce
+
+        start = 0
+        while start < len(tensors):  # many small tensors in one message
+            end, size = start + 1, tensors[start].numel()
+            while end < len(tensors) and size + tensors[end].numel() <= AT_ONCE:
+                size += tensors[end].numel()
+                end += 1
+            some = tensors[start:end]
+            flat = reduce(torch.cat([tensor.flatten() for tensor in some]), "sum")
+            for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
+            start = end
+        return tensors
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the weights that training would end with."""
+        with torch.no_grad():
+            held = [p.detach().clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.average)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, held)
+            self.model.train()
+
+
+#: Called after each step with the trainer, the number of steps done and the step's loss.
+Watch = Callable[[Trainer, int, float], None]
+
+
+def fine_tune(
+    pipe: Any, data: Cache, settings: Train, seed: int, progress: Path, label: str = "train", watch: Watch | None = None
+) -> None:
+    """Fine-tune in place what of the pipeline's denoiser wants gradients; state is kept in the file ``progress``.
+
+    Started by ``accelerate launch`` or ``torchrun``, every process does its share of each batch, and all end with the
+    same weights. Raises WinnowError where a weight is negative or not finite, all are zero, or the loss is not finite;
+    the state last kept stays.
+    """
+    trainer = Trainer(pipe, data, settings, seed)
+    first = trainer.state.resume(progress)
+    rows = (trainer.kept[some] for some in batches(data.bucket[trainer.kept], settings.batch, seed, first))
+    steps = range(first, settings.steps)
+    shares = (trainer.batch(step, some) for step, some in zip(steps, rows, strict=False))
+    with bar(label, settings.steps, not trainer.group.is_main_process) as advance, Loader(shares) as loader:
+        advance(first)
+        for step, batch in zip(steps, loader, strict=True):
+            loss = trainer.step(step, batch)
+            done = step + 1
+            advance()
+            if not trainer.group.is_main_process:
+                continue
+            if settings.checkpoint and done % settings.checkpoint == 0 and done < settings.steps:
+                trainer.state.keep(progress, done)
+            if watch:
+                watch(trainer, done, loss)
+    with torch.no_grad():
+        torch._foreach_copy_(trainer.parameters, trainer.average)
+    trainer.model.eval()
