@@ -43,4 +43,4 @@ def weights(advantage: ArrayLike, temperature: float = 1.0, most: float = 20.0) 
         raise WinnowError(f"temperature is {temperature}: give a number above 0")
     if not (math.isfinite(most) and most >= 1):
         raise WinnowError(f"the largest weight is {most}: give 1 or more")
-    return np.exp(np.minimum(a / temperature, math.log(most)))
+    return np.minimum(np.exp(np.minimum(a / temperature, math.log(most))), most)

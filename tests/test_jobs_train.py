@@ -1,0 +1,135 @@
+"""The stages around training: advantage weights, steps the other way, the cache between rounds, what is seen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows as query
+from safetensors.torch import load_file
+
+from jobs import recipe as recipes
+from jobs.export import export
+from jobs.generate import generate
+from jobs.prompts import prompts
+from jobs.run import Run
+from jobs.score import score
+from jobs.select import select
+from jobs.train import train, trained_model
+from jobs.weigh import weigh
+from schemas.errors import WinnowError
+from storage.layout import create
+
+PROMPTS = "a red fox in the snow\ntwo green birds on a wire\nan old boat under a bridge\nthe blue house by the sea\n"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, stable_diffusion: Path) -> Run:
+    """A round up to its shards: 3 prompts of 4 images, 2 of each kept, weighed by their advantage."""
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("train")
+    (home / "prompts.txt").write_text(PROMPTS)
+    recipe = {
+        "model": str(stable_diffusion), "threads": 1,
+        "prompts": {"source": str(home / "prompts.txt"), "held_out": 0.25},
+        "generate": {"images_per_prompt": 4, "steps": 2, "guidance": 1.0, "batch": 6},
+        "score": {"scorers": ["guidance-gap:" + str(stable_diffusion)]},
+        "select": {"keep": 2},
+        "weigh": {"by": "advantage", "temperature": 1.0, "most": 3.0},
+        "train": {"steps": 3, "batch": 4, "lr": 1e-3},
+        "evaluate": {"scorers": ["guidance-gap:" + str(stable_diffusion)]},
+        "guard": {"metric": "diversity"},
+        "arms": {"curated": {}},
+    }  # fmt: skip
+    (home / "mine.yaml").write_text(json.dumps(recipe))
+    made = Run(create(home / "store"), recipes.load(str(home / "mine.yaml")).for_arm("curated"), 1, "curated")
+    up_to_shards(made)
+    return made
+
+
+def up_to_shards(run: Run) -> None:
+    for stage in (prompts, generate, score, select, weigh, export):
+        stage(run)
+
+
+def changed(run: Run, **settings: Any) -> Run:
+    recipe = recipes.override(run.recipe, [(["train", key], value) for key, value in settings.items()])
+    return Run(run.store, recipe, run.round, run.arm)
+
+
+def weights_of(run: Run, file: str = UNET) -> dict[str, torch.Tensor]:
+    train(run)
+    return load_file(Path(trained_model(run)) / file)
+
+
+def test_weights_are_the_advantage_over_all_images_of_the_prompt(run: Run) -> None:
+    scored = query(run.store, "SELECT sample_id, prompt_id, value FROM samples JOIN scores USING (sample_id)")
+    weights = {row["sample_id"]: row["weight"] for row in query(run.store, "SELECT sample_id, weight FROM weights")}
+    assert len(scored) == 12 and len(weights) == 6
+    for row in scored:
+        if row["sample_id"] in weights:
+            peers = np.array([other["value"] for other in scored if other["prompt_id"] == row["prompt_id"]])
+            advantage = (row["value"] - peers.mean()) / peers.std()
+            assert weights[row["sample_id"]] == pytest.approx(min(np.exp(advantage), 3.0), rel=1e-5)
+    assert max(weights.values()) > 1 and len(set(weights.values())) >= 3
+
+
+def test_neon_goes_the_other_way(run: Run, stable_diffusion: Path) -> None:
+    start = load_file(stable_diffusion / UNET)
+    trained, away = weights_of(run), weights_of(changed(run, neon=0.5))
+    for name, begun in start.items():
+        torch.testing.assert_close(away[name], begun - 0.5 * (trained[name] - begun), atol=1e-6, rtol=1e-5)
+    assert max((trained[name] - start[name]).abs().max() for name in start) > 1e-4
+
+
+def test_neon_turns_a_lora_round(run: Run) -> None:
+    file = "pytorch_lora_weights.safetensors"
+    trained, away = (weights_of(changed(run, method="lora", rank=2, neon=neon), file) for neon in (None, 2.0))
+    down, up = ([name for name in trained if f"lora.{way}." in name or f"lora_{way}" in name] for way in ("down", "up"))
+    down, up = down or [n for n in trained if "lora_A" in n], up or [n for n in trained if "lora_B" in n]
+    assert down and len(down) == len(up) == len(trained) / 2
+    assert all(torch.equal(trained[name], away[name]) for name in down)
+    for name in up:
+        torch.testing.assert_close(away[name], -2.0 * trained[name])
+    assert max(trained[name].abs().max() for name in up) > 1e-4
+
+
+def test_what_is_seen_of_training(run: Run) -> None:
+    watched = changed(run, watch=2, validation=1, sheet=1, window=[0, 500], min_snr=5.0, normalise="batch")
+    train(watched)
+    name = Path(trained_model(watched)).name
+    folder = run.store / "reports" / name
+    lines = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3] and all(line["validation"] > 0 for line in lines)
+    assert {path.name for path in folder.glob("*.png")} == {"sheet-00002.png", "sheet-00003.png"}
+    assert not list((run.store / "checkpoints").glob("*"))
+
+
+def test_a_later_round_encodes_only_what_is_new(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round 2 accumulates: 6 rows of round 1 that are cached, and 6 of its own."""
+    from jobs.training import cache
+
+    train(run)
+    recipe = recipes.override(run.recipe, [(["export", "accumulate"], True), (["train", "method"], "full")])
+    later = Run(run.store, recipe, 2, "curated")
+    start = trained_model(run)
+    monkeypatch.setattr(Run, "start_model", lambda self: start)
+    up_to_shards(later)
+    encoded: list[int] = []
+    inner = cache.encode
+
+    def count(vae: Any, images: np.ndarray, *args: Any) -> Any:
+        encoded.append(len(images))
+        return inner(vae, images, *args)
+
+    monkeypatch.setattr(cache, "encode", count)
+    train(later)
+    assert sum(encoded) == 6
+
+
+def test_nothing_is_trained_where_nothing_is_to_be(run: Run) -> None:
+    with pytest.raises(WinnowError, match=r"train\.method is 'none': nothing is trained"):
+        train(changed(run, method="none"))
