@@ -4,7 +4,9 @@ import hashlib
 import io
 import math
 import os
+import resource
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import pipelines
 import pytest
 import torch
 from conftest import WORDS, ForkServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -287,6 +291,29 @@ def test_a_pack_of_another_kind_or_no_pack_is_not_read(
     assert same(build(sd, rows, tmp_path), expected) and calls.since() == (0, 0)
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_change_of_any_bit_gives_another_number(data: Any) -> None:
+    numbers = [*range(40)]
+    keys = [hashlib.sha256(bytes([number])).digest() for number in numbers]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "say", lambda line: None)
+        patch.setattr(packs, "PACK_BYTES", 1)
+        for _ in range(3):
+            kept = packs.Packs(Path(folder), "numbers", lambda items: {"x": torch.tensor(items).view(-1, 1)})
+            for key, number in zip(keys, numbers, strict=True):
+                kept.want(key, number)
+            kept.settle()
+            assert kept.take(kept.find(b"".join(keys)))["x"].flatten().tolist() == numbers
+            assert len(every_pack(Path(folder))) == 3
+            path = data.draw(st.sampled_from(every_pack(Path(folder))))
+            whole = bytearray(path.read_bytes())
+            bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+            whole[bit // 8] ^= 1 << bit % 8
+            path.unlink()
+            path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) - 1, bit // 8]))])
+
+
 def test_keys_that_end_in_zeros_are_told_apart(tmp_path: Path) -> None:
     """NumPy's strings do not show zeros at their end."""
     keys = [bytes(32), b"a" + bytes(31), b"a" + bytes(30) + b"a", bytes(31) + b"a", b"\xff" * 32]
@@ -435,6 +462,26 @@ def test_reading_leaves_the_packs_as_they_are(sd: Any, tmp_path: Path) -> None:
     cache.conditions(np.arange(3), np.ones(3, bool))["prompt_embeds"].zero_()
     assert [path.read_bytes() for path in every_pack(tmp_path)] == before
     assert cache.latents(np.arange(3)).abs().min() > 0
+
+
+def build_limited(model: str, folder: str) -> None:
+    """A process that may write no file above 70 kB, as on a full disk: the latents of 16 rows, not of 44."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
+    rows = [*examples(16), *examples(3)]
+    build(models.load(model), rows, Path(folder))
+    build(models.load(model), examples(60), Path(folder))
+
+
+def test_a_full_disk_says_so_and_loses_nothing(stable_diffusion: Path, forks: ForkServer, tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "cache"
+    forks.start("test_jobs_cache:build_limited", str(stable_diffusion), str(folder), log=log)
+    assert forks.wait() == 1
+    last = log.read_text().splitlines()[-1]
+    assert "WinnowError" in last and "MiB left; free space" in last and "latents-" in last, last
+    assert len(every_pack(folder)) == 3 and not list((folder / "staging").iterdir())
+    again = build(models.load(str(stable_diffusion)), examples(60), folder)
+    assert same(again, build(models.load(str(stable_diffusion)), examples(60), tmp_path / "whole"))
 
 
 def build_apart(model: str, folder: str) -> None:
