@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from jobs import models, packs
 from jobs.buckets import Buckets
 from jobs.cache import Cache, build
 from jobs.families import family
+from jobs.loader import Loader, batches, gather
 from jobs.trainer import Example
 from schemas.errors import WinnowError
 
@@ -148,6 +150,10 @@ def test_a_later_round_encodes_only_what_is_new(sd: Any, tmp_path: Path, monkeyp
     # Of 40…49 all are new, of 15…23 the last three; texts hold for three rows: 13, 14, 15, 16 and 7.
     assert calls.since() == (10 + 3, 5)
     torch.testing.assert_close(everything(cache)[0], direct(sd, more, 1), atol=1e-5, rtol=1e-5)
+    calls.since()
+    # Twice in one build, most of them in a batch before.
+    assert len(build(sd, [*examples(40, first=100), *examples(40, first=100)], tmp_path)) == 80
+    assert calls.since() == (40, 14)
     assert len(cache) == 42 and torch.equal(cache.latents(np.array([0])), cache.latents(np.array([40])))
 
 
@@ -421,6 +427,24 @@ def test_buckets_take_images_of_any_shape(sd: Any, tmp_path: Path, capsys: Any) 
         build(sd, rows, tmp_path, 8, Buckets(step=16))
 
 
+def test_a_loader_over_buckets_gives_each_row_its_own(sd: Any, tmp_path: Path) -> None:
+    sizes = [(64, 64), (48, 80), (80, 48)]
+    rows = [Example(i, WORDS[i % 4], 1.0, picture(i, *sizes[i % 3])) for i in range(11)]
+    cache = build(sd, rows, tmp_path, 64, Buckets(step=16))
+    alone = {i: direct(sd, [rows[i]], 1)[0] for i in range(11)}
+    told = [cache.conditions(np.array([i]), np.array([False]))["prompt_embeds"][0] for i in range(11)]
+    nothing = cache.conditions(np.array([0]), np.array([True]))["prompt_embeds"][0]
+    seen = set()
+    with Loader(gather(cache, batches(cache.bucket, 4, 5), lambda step, rows: rows % 4 == step % 4)) as loader:
+        for step, batch in zip(range(12), loader, strict=False):
+            assert batch.step == step and batch.latents.shape[1:] == cache.shapes[cache.bucket[batch.rows[0]]]
+            for row, x, condition in zip(batch.rows, batch.latents, batch.condition["prompt_embeds"], strict=True):
+                torch.testing.assert_close(x, alone[row], atol=1e-5, rtol=1e-5)
+                assert torch.equal(condition, nothing if row % 4 == step % 4 else told[row])
+                seen.add(int(row))
+    assert len(seen) == 11
+
+
 def test_sizes_that_cannot_be_trained_are_refused(sd: Any, tmp_path: Path) -> None:
     several = [*examples(3), *examples(1, 32, 34)]
     with pytest.raises(WinnowError, match=r"train: the images have several sizes; set train\.size"):
@@ -517,24 +541,45 @@ def test_kill_9_keeps_what_was_finished(
 
 
 def test_kill_9_at_any_file_operation(forks: ForkServer, tmp_path: Path) -> None:
-    call, log, folder, events, killed = "test_jobs_cache:write_apart", tmp_path / "log", tmp_path / "cache", 0, 0
+    log, events = tmp_path / "log", 0
     while True:
         events += 1
-        forks.start(call, str(folder), log=log, events=events)
-        if forks.wait() == 0:
-            break
-        killed += 1
-        for path in every_pack(folder):
+        folder = tmp_path / f"cache {events}"
+        forks.start("test_jobs_cache:write_apart", str(folder), str(events), log=log)
+        status = forks.wait()
+        finished = every_pack(folder)
+        for path in finished:
             assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert killed >= 5 and len(every_pack(folder)) == 3
+        write(folder)  # goes on, and gives the same
+        assert [path.name for path in every_pack(folder)] == [path.name for path in every_pack(tmp_path / "cache 1")]
+        if status == 0:
+            break
+        assert status == -9, log.read_text()
+    assert events > 10 and len(finished) == 2
 
 
-def write_apart(folder: str) -> None:
-    """Three packs of one number each."""
-    packs.PACK_BYTES, packs.TOGETHER = 1, 1
-    kept = packs.Packs(Path(folder), "numbers", lambda items: {"x": torch.tensor(items)})
-    for number in range(3):
+def write(folder: Path) -> None:
+    """Two packs of one number each."""
+    kept = packs.Packs(folder, "numbers", lambda items: {"x": torch.tensor(items)})
+    for number in range(2):
         kept.want(hashlib.sha256(bytes([number])).digest(), number)
+        kept.settle()
+        kept.write()
+
+
+def write_apart(folder: str, events: str) -> None:
+    """Killed at that many file operations."""
+    left = int(events)
+
+    def count(event: str, args: Any) -> None:
+        nonlocal left
+        if event in ("open", "os.link", "os.remove", "os.mkdir", "os.rename"):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    write(Path(folder))
 
 
 def test_two_processes_build_at_once(stable_diffusion: Path, forks: ForkServer, tmp_path: Path, small: None) -> None:
