@@ -64,6 +64,15 @@ def test_the_nearest_ratio_is_the_nearest(w: int, h: int, side: int, step: int, 
         assert 1 - 1 / min(times) <= 1 - math.sqrt(1 / widest) + 1e-9
 
 
+@pytest.mark.parametrize(("side", "ratio"), [(512, 2.0), (1024, 4.0), (64, 3.0)])
+def test_buckets_part_at_the_geometric_mean(side: int, ratio: float) -> None:
+    sizes = grid(side, Buckets(step=16, ratio=ratio))
+    assert len(sizes) > 2
+    for low, high in pairwise(sizes):
+        middle = math.isqrt(low[0] * high[0] * 10**12 // (low[1] * high[1]))  # √(r₁·r₂) in millionths
+        assert nearest(middle - 5, 10**6, sizes) == low and nearest(middle + 5, 10**6, sizes) == high
+
+
 @given(w=st.integers(8, 300), h=st.integers(8, 300), size=st.sampled_from([(64, 64), (48, 80), (80, 48), (32, 128)]))
 @settings(max_examples=60, deadline=None)
 def test_no_image_is_distorted(w: int, h: int, size: tuple[int, int]) -> None:

@@ -4,7 +4,10 @@ import hashlib
 import io
 import math
 import os
+import resource
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ import pipelines
 import pytest
 import torch
 from conftest import WORDS, ForkServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,6 +30,7 @@ from jobs.training import cache as caches
 from jobs.training import packs
 from jobs.training.buckets import Buckets
 from jobs.training.cache import Cache, Example, build
+from jobs.training.loader import Loader, batches
 from schemas.errors import WinnowError
 
 
@@ -144,6 +150,10 @@ def test_a_later_round_encodes_only_what_is_new(sd: Any, tmp_path: Path, monkeyp
     # Of 40…49 all are new, of 15…23 the last three; texts hold for three rows: 13, 14, 15, 16 and 7.
     assert calls.since() == (10 + 3, 5)
     torch.testing.assert_close(everything(cache)[0], direct(sd, more, 1), atol=1e-5, rtol=1e-5)
+    calls.since()
+    # Twice in one build, most of them in a batch before.
+    assert len(build(sd, [*examples(40, first=100), *examples(40, first=100)], tmp_path)) == 80
+    assert calls.since() == (40, 14)
     assert len(cache) == 42 and torch.equal(cache.latents(np.array([0])), cache.latents(np.array([40])))
 
 
@@ -287,6 +297,29 @@ def test_a_pack_of_another_kind_or_no_pack_is_not_read(
     assert same(build(sd, rows, tmp_path), expected) and calls.since() == (0, 0)
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_change_of_any_bit_gives_another_number(data: Any) -> None:
+    numbers = [*range(40)]
+    keys = [hashlib.sha256(bytes([number])).digest() for number in numbers]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "say", lambda line: None)
+        patch.setattr(packs, "PACK_BYTES", 1)
+        for _ in range(3):
+            kept = packs.Packs(Path(folder), "numbers", lambda items: {"x": torch.tensor(items).view(-1, 1)})
+            for key, number in zip(keys, numbers, strict=True):
+                kept.want(key, number)
+            kept.settle()
+            assert kept.take(kept.find(b"".join(keys)))["x"].flatten().tolist() == numbers
+            assert len(every_pack(Path(folder))) == 3
+            path = data.draw(st.sampled_from(every_pack(Path(folder))))
+            whole = bytearray(path.read_bytes())
+            bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+            whole[bit // 8] ^= 1 << bit % 8
+            path.unlink()
+            path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) - 1, bit // 8]))])
+
+
 def test_keys_that_end_in_zeros_are_told_apart(tmp_path: Path) -> None:
     """NumPy's strings do not show zeros at their end."""
     keys = [bytes(32), b"a" + bytes(31), b"a" + bytes(30) + b"a", bytes(31) + b"a", b"\xff" * 32]
@@ -394,6 +427,25 @@ def test_buckets_take_images_of_any_shape(sd: Any, tmp_path: Path, capsys: Any) 
         build(sd, rows, tmp_path, 8, Buckets(step=16))
 
 
+def test_a_loader_over_buckets_gives_each_row_its_own(sd: Any, tmp_path: Path) -> None:
+    sizes = [(64, 64), (48, 80), (80, 48)]
+    rows = [Example(i, WORDS[i % 4], 1.0, picture(i, *sizes[i % 3])) for i in range(11)]
+    cache = build(sd, rows, tmp_path, 64, Buckets(step=16))
+    alone = {i: direct(sd, [rows[i]], 1)[0] for i in range(11)}
+    told = [cache.conditions(np.array([i]), np.array([False]))["prompt_embeds"][0] for i in range(11)]
+    nothing = cache.conditions(np.array([0]), np.array([True]))["prompt_embeds"][0]
+    seen = set()
+    drawn = batches(cache.bucket, 4, 5)
+    with Loader((rows, cache.latents(rows), cache.conditions(rows, rows % 4 == 1)) for rows in drawn) as loader:
+        for _, (rows, latents, condition) in zip(range(12), loader, strict=False):
+            assert latents.shape[1:] == cache.shapes[cache.bucket[rows[0]]]
+            for row, x, words in zip(rows, latents, condition["prompt_embeds"], strict=True):
+                torch.testing.assert_close(x, alone[row], atol=1e-5, rtol=1e-5)
+                assert torch.equal(words, nothing if row % 4 == 1 else told[row])
+                seen.add(int(row))
+    assert len(seen) == 11
+
+
 def test_sizes_that_cannot_be_trained_are_refused(sd: Any, tmp_path: Path) -> None:
     several = [*examples(3), *examples(1, 32, 34)]
     with pytest.raises(WinnowError, match=r"train: the images have several sizes; set train\.size"):
@@ -437,6 +489,26 @@ def test_reading_leaves_the_packs_as_they_are(sd: Any, tmp_path: Path) -> None:
     assert cache.latents(np.arange(3)).abs().min() > 0
 
 
+def build_limited(model: str, folder: str) -> None:
+    """A process that may write no file above 70 kB, as on a full disk: the latents of 16 rows, not of 44."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
+    rows = [*examples(16), *examples(3)]
+    build(models.load(model), rows, Path(folder))
+    build(models.load(model), examples(60), Path(folder))
+
+
+def test_a_full_disk_says_so_and_loses_nothing(stable_diffusion: Path, forks: ForkServer, tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "cache"
+    forks.start("test_jobs_cache:build_limited", str(stable_diffusion), str(folder), log=log)
+    assert forks.wait() == 1
+    last = log.read_text().splitlines()[-1]
+    assert "WinnowError" in last and "MiB left; free space" in last and "latents-" in last, last
+    assert len(every_pack(folder)) == 3 and not list((folder / "staging").iterdir())
+    again = build(models.load(str(stable_diffusion)), examples(60), folder)
+    assert same(again, build(models.load(str(stable_diffusion)), examples(60), tmp_path / "whole"))
+
+
 def build_apart(model: str, folder: str) -> None:
     """What the killed process runs: a pack for every call of an encoder."""
     packs.PACK_BYTES = 1
@@ -470,24 +542,45 @@ def test_kill_9_keeps_what_was_finished(
 
 
 def test_kill_9_at_any_file_operation(forks: ForkServer, tmp_path: Path) -> None:
-    call, log, folder, events, killed = "test_jobs_cache:write_apart", tmp_path / "log", tmp_path / "cache", 0, 0
+    log, events = tmp_path / "log", 0
     while True:
         events += 1
-        forks.start(call, str(folder), log=log, events=events)
-        if forks.wait() == 0:
-            break
-        killed += 1
-        for path in every_pack(folder):
+        folder = tmp_path / f"cache {events}"
+        forks.start("test_jobs_cache:write_apart", str(folder), str(events), log=log)
+        status = forks.wait()
+        finished = every_pack(folder)
+        for path in finished:
             assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert killed >= 5 and len(every_pack(folder)) == 3
+        write(folder)  # goes on, and gives the same
+        assert [path.name for path in every_pack(folder)] == [path.name for path in every_pack(tmp_path / "cache 1")]
+        if status == 0:
+            break
+        assert status == -9, log.read_text()
+    assert events > 10 and len(finished) == 2
 
 
-def write_apart(folder: str) -> None:
-    """Three packs of one number each."""
-    packs.PACK_BYTES, packs.TOGETHER = 1, 1
-    kept = packs.Packs(Path(folder), "numbers", lambda items: {"x": torch.tensor(items)})
-    for number in range(3):
+def write(folder: Path) -> None:
+    """Two packs of one number each."""
+    kept = packs.Packs(folder, "numbers", lambda items: {"x": torch.tensor(items)})
+    for number in range(2):
         kept.want(hashlib.sha256(bytes([number])).digest(), number)
+        kept.settle()
+        kept.write()
+
+
+def write_apart(folder: str, events: str) -> None:
+    """Killed at that many file operations."""
+    left = int(events)
+
+    def count(event: str, args: Any) -> None:
+        nonlocal left
+        if event in ("open", "os.link", "os.remove", "os.mkdir", "os.rename"):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    write(Path(folder))
 
 
 def test_two_processes_build_at_once(stable_diffusion: Path, forks: ForkServer, tmp_path: Path, small: None) -> None:

@@ -3,9 +3,9 @@
     ROOT/KIND/<SHA-256 of the file>.safetensors    tensors [n, …] by name, and "keys", uint8 [n, 32]
 
 A pack's name is the hash of its bytes: one that was cut short, changed or renamed is known by that, said on standard
-error, and its rows are encoded again. A pack is written when it holds PACK_BYTES or is PACK_SECONDS old: that much work
-is what a killed process loses, and a slow encoder makes no more than one file a minute. Packs may be removed at any
-time when nobody reads them; it costs the time to encode their rows again.
+error, and its rows are encoded again. The check reads a pack once a run, at 1 GB/s or the disk's speed. A pack is
+written when it holds PACK_BYTES or is PACK_SECONDS old: that much work is what a killed process loses, and a slow
+encoder makes no more than one file a minute. Packs may be removed at any time; it costs the time to encode again.
 """
 
 from __future__ import annotations
@@ -53,22 +53,26 @@ class Packs:
         self.encoded: dict[bytes, None] = {}
         self.batches: list[dict[str, Tensor]] = []
         self.bytes, self.since = 0, 0.0
-        with storage_errors(self.root, self.root):
+        with storage_errors(self.root, self.root / kind):
             self.root.mkdir(parents=True, exist_ok=True)
-        found = []
-        for path in sorted((self.root / kind).glob("*.safetensors")):
+            self._open()
+
+    def _open(self) -> None:
+        keys, places = [self.keys], [self.places]
+        for path in sorted((self.root / self.kind).glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
-                    if (file.metadata() or {}).get("kind") != kind:
+                    if (file.metadata() or {}).get("kind") != self.kind:
                         raise ValueError("of another kind")
-                    found.append(_strings(file.get_tensor("keys").numpy().tobytes()))
-            except (SafetensorError, OSError, ValueError) as error:
+                    keys.append(_strings(file.get_tensor("keys").numpy().tobytes()))
+            except FileNotFoundError:  # another process has found it damaged
+                continue
+            except (SafetensorError, ValueError, TypeError) as error:
                 self._remove(path, " ".join(str(error).split())[:120])
                 continue
+            places.append(_places(len(self.paths), len(keys[-1])))
             self._append(path, None)
-        for number, keys in enumerate(found):
-            self.places = np.concatenate([self.places, _places(number, len(keys))])
-        self.keys = np.concatenate([self.keys, *found])
+        self.keys, self.places = np.concatenate(keys), np.concatenate(places)
         order = np.argsort(self.keys, kind="stable")
         self.keys, self.places = self.keys[order], self.places[order]
 
@@ -165,12 +169,13 @@ class Packs:
         if self.tensors[number] is not None:
             return True
         path = self.paths[number]
-        try:
-            if _sha256(path) == path.stem:
-                self.tensors[number] = _mapped(path)
-                return True
-        except FileNotFoundError:  # another process has found it damaged
-            return False
+        with storage_errors(self.root, path):
+            try:
+                if _sha256(path) == path.stem:
+                    self.tensors[number] = _mapped(path)
+                    return True
+            except FileNotFoundError:  # another process has found it damaged
+                return False
         self._remove(path, CHANGED)
         return False
 
