@@ -33,11 +33,13 @@ def selection(
     weight: Callable[[np.ndarray], np.ndarray] = lambda n: 1 / (1 + n % 4),
     keep: Callable[[np.ndarray], np.ndarray] = lambda n: n >= 0,
     scorers: tuple[str, ...] = ("one", "two"),
+    arms: tuple[str, ...] = ("curated",),
     d0: int = 0,
     unit: int = 1000,
 ) -> Run:
     """Round 1 of arm "curated" over samples numbered from 1 (in the order they are stored), and ``d0`` samples of D_0
-    numbered on; ``keep`` and ``weight`` take their numbers. Every fifth sample lacks the last scorer."""
+    numbered on; ``keep`` and ``weight`` take their numbers. Every fifth sample lacks the last scorer. Each of the
+    ``arms`` selects the same."""
     store = create(folder / "store")
     numbers = np.arange(1, rows + 1)
     parts = [_samples(store, 1, "curated", "train", some, image) for some in _cut(numbers, unit)]
@@ -47,15 +49,13 @@ def selection(
             columns = {"sample_id": some, "scorer": name, "revision": "1", "value": some / 3 + len(name),
                        "truncated": False, "round": 1}  # fmt: skip
             parts.append(_part(store, "scores", {"scorer": name}, columns))
-    for some in _cut(numbers, 100 * unit):
-        same = {"selection": "curated", "round": 1}
-        kept = keep(some)
-        parts.append(
-            _part(store, "selections", {}, {**same, "sample_id": some, "kept": kept, "rank": 1, "reason": "made up"})
-        )
-        parts.append(
-            _part(store, "weights", {}, {**same, "sample_id": some[kept], "weight": weight(some[kept]).astype(float)})
-        )
+    for arm in arms:
+        for some in _cut(numbers, 100 * unit):
+            same, kept = {"selection": arm, "round": 1}, keep(some)
+            columns = {**same, "sample_id": some, "kept": kept, "rank": 1, "reason": "made up"}
+            parts.append(_part(store, "selections", {"selection": arm}, columns))
+            columns = {**same, "sample_id": some[kept], "weight": weight(some[kept]).astype(float)}
+            parts.append(_part(store, "weights", {"selection": arm}, columns))
     recipe = recipes.override(recipes.load("refine-only"), [(["export", k], v) for k, v in (export or {}).items()])
     seal(store, "made up", parts, recipe.model_dump(mode="json"))
     return Run(store, recipe.for_arm("curated"))

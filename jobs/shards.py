@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -97,14 +97,27 @@ def _members(sink: Sink, table: pa.Table) -> None:
         scores = {name.removeprefix(SCORE): row.pop(name) for name in rest.column_names if name.startswith(SCORE)}
         # Each key in each row and of one type, as `datasets` wants it: no parent is 0, which is no sample's id.
         row |= {"parent_id": row["parent_id"] or 0, "scores": scores}
-        words = json.dumps(row, ensure_ascii=False).encode()
+        told = ("txt", text.encode()), ("json", json.dumps(row, ensure_ascii=False).encode())
         data = memoryview(image)
-        for name, content in ((_kind(data, key), data), ("txt", text.encode()), ("json", words)):
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(content)
-            sink.write(info.tobuf(tarfile.USTAR_FORMAT))
-            sink.write(content)
-            sink.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        sink.write(_header(f"{key}.{_kind(data, key)}", len(data)))
+        sink.write(data)
+        small = ((_header(f"{key}.{name}", len(content)), content, _padding(content)) for name, content in told)
+        sink.write(b"".join([_padding(data), *itertools.chain.from_iterable(small)]))
+
+
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_SUM = int(_HEADER[148:154], 8) - sum(_HEADER[124:135])  # of all but name and size
+
+
+def _header(name: str, size: int) -> bytes:
+    """A tar member's header, as `tarfile` makes it in ten times the time."""
+    said, digits = name.encode(), b"%011o" % size
+    check = b"%06o" % (_SUM + sum(said) + sum(digits))
+    return said.ljust(100, b"\0") + _HEADER[100:124] + digits + _HEADER[135:148] + check + _HEADER[154:]
+
+
+def _padding(content: bytes | memoryview) -> bytes:
+    return bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def _kind(image: memoryview, key: str) -> str:
@@ -131,7 +144,7 @@ def write(folder: Path, format: str, schema: pa.Schema, tables: Iterable[pa.Tabl
     """Files of ``rows`` rows each in ``folder``, flushed to disk: while one is, the next is made."""
     kind, suffix = FORMATS[format]
     sinks: list[tuple[Sink, int]] = []
-    for number, some in groupby(groups(tables, rows), key=itemgetter(0)):
+    for number, some in itertools.groupby(groups(tables, rows), key=itemgetter(0)):
         count = 0
         with Sink(folder / f"train-{number:05d}.{suffix}") as sink:
             with kind(sink, schema) as put:

@@ -19,7 +19,6 @@ from jobs.shards import SCORE
 from schemas.errors import WinnowError
 from schemas.tables import IMAGE
 from storage.places import places, rows_at
-from storage.views import literal
 
 STORED = ["sample_id", "prompt_id", "parent_id", "round", "arm", "model", "seed", "prompt", "image"]
 
@@ -27,7 +26,8 @@ STORED = ["sample_id", "prompt_id", "parent_id", "round", "arm", "model", "seed"
 def rows_of(run: Run, paths: Sequence[str]) -> list[pa.Table]:
     """Every row by where it stands in the parts ``paths``: the selected ones, then those of D_0, each in stored order.
 
-    Columns: part, row, sample_id, weight, and one a scorer: numbers only, so that a million rows stay small.
+    Columns: part, row, sample_id, weight, and one a scorer. Only numbers, and no join in the database: its hash tables
+    would take ten times as much.
     """
     settings = run.recipe.export
     asked = {"arm": run.arm, "first": 1 if settings.accumulate else run.round, "last": run.round}
@@ -37,36 +37,53 @@ def rows_of(run: Run, paths: Sequence[str]) -> list[pa.Table]:
     for number in sorted(weighed):
         if not weighed[number]:
             raise WinnowError(f"round {number} of {run.arm!r} is not selected and weighed; run 'winnow weigh' first")
-    sql = f"SELECT DISTINCT scorer FROM scores SEMI JOIN (SELECT sample_id {kept}) USING (sample_id) ORDER BY scorer"
-    scorers = run.query(sql, **asked)["scorer"].to_pylist()
-    # Numbered: two scorers may differ in case only, which DuckDB's column names ignore.
-    values = "".join(f", max(value) FILTER (scorer = {literal(name)}) AS s{i}" for i, name in enumerate(scorers))
-    columns = "".join(f", s{i}" for i in range(len(scorers)))
-
-    def placed(picked: str, order: str, **asked: Any) -> pa.Table:
-        found = run.query(
-            f"WITH picked AS ({picked}) SELECT part, row, sample_id, weight{columns} "
-            f"FROM picked JOIN ({places(run.store, paths)}) USING (sample_id) LEFT JOIN (SELECT sample_id{values} "
-            f"FROM scores SEMI JOIN picked USING (sample_id) GROUP BY sample_id) USING (sample_id) ORDER BY {order}",
-            **asked,
-        )
-        return found.rename_columns(["part", "row", "sample_id", "weight", *(SCORE + name for name in scorers)])
-
-    chosen = placed(f"SELECT sample_id, weight {kept}", "part, row", **asked)
+    scorers = run.query("SELECT DISTINCT scorer FROM scores ORDER BY scorer")["scorer"].to_pylist()
+    found = run.query(f"SELECT sample_id, weight {kept}", **asked)
+    chosen = _placed(run, paths, ids(found), found["weight"].to_numpy(), scorers)
     _check(run, chosen)
+    unused = [name for name in chosen.column_names if chosen[name].null_count == chosen.num_rows]
     extra = round(settings.reference_share * chosen.num_rows)
     if not extra:
-        return [chosen]
+        return [chosen.drop_columns(unused)]
     base = run.base()
-    d0 = placed(
-        "SELECT sample_id, prompt_id, 1.0::DOUBLE AS weight FROM samples "
-        "WHERE round = $round AND arm = $arm AND split = 'reference'",
-        "prompt_id, sample_id", round=base.round, arm=base.arm,
+    d0 = ids(
+        run.query(
+            "SELECT sample_id FROM samples WHERE round = $round AND arm = $arm AND split = 'reference' "
+            "ORDER BY prompt_id, sample_id",
+            round=base.round, arm=base.arm,
+        )
     )  # fmt: skip
-    if not d0.num_rows:
+    if not len(d0):
         raise WinnowError("samples: D_0 is empty; run 'winnow generate --split reference' first")
-    some = np.random.default_rng(run.seed("reference", run.round)).permutation(d0.num_rows)[:extra]
-    return [chosen, d0.take(some).sort_by([("part", "ascending"), ("row", "ascending")])]
+    some = d0[np.random.default_rng(run.seed("reference", run.round)).permutation(len(d0))[:extra]]
+    rest = _placed(run, paths, some, np.ones(len(some)), scorers)
+    return [chosen.drop_columns(unused), rest.drop_columns(unused)]
+
+
+def _placed(run: Run, paths: Sequence[str], numbers: np.ndarray, weights: np.ndarray, scorers: list[str]) -> pa.Table:
+    """The rows of ``rows_of`` for these samples."""
+    order = np.argsort(numbers)
+    numbers = numbers[order]
+
+    def fill(sql: str, columns: dict[str, np.ndarray], **asked: Any) -> None:
+        for batch in run.stream(sql, **asked):
+            came = batch["sample_id"].to_numpy()
+            at = np.minimum(np.searchsorted(numbers, came), len(numbers) - 1)
+            ours = numbers[at] == came
+            for name, column in columns.items():
+                column[at[ours]] = batch[name].to_numpy()[ours]
+
+    place = {name: np.full(len(numbers), -1, np.int32) for name in ("part", "row")}
+    fill(places(run.store, paths), place)
+    if (place["part"] < 0).any():
+        lost = numbers[np.argmin(place["part"])]
+        raise WinnowError(f"sample {lost}: selected, but not in samples; run 'winnow verify', which names the cure")
+    columns = {**place, "sample_id": numbers, "weight": weights[order]}
+    for name in scorers:
+        values = np.full(len(numbers), np.nan)
+        fill("SELECT sample_id, value FROM scores WHERE scorer = $name", {"value": values}, name=name)
+        columns[SCORE + name] = pa.array(values, mask=np.isnan(values))
+    return pa.table(columns).take(np.lexsort((place["row"], place["part"])))
 
 
 def _check(run: Run, chosen: pa.Table) -> None:

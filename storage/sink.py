@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 Data = bytes | memoryview
 
-BLOCK = 4 * 2**20  # bytes handed on at once
+BLOCK = 1 * 2**20  # bytes handed on at once
 AHEAD = 8  # blocks that may wait
 
 
@@ -51,12 +49,22 @@ class Sink:
 
     def _hand_on(self, ahead: int) -> None:
         block, self._block, self._held = self._block, [], 0
-        calls = (self._writer, self._file.write), (self._hasher, self._sha256.update)
-        one, other = (threads.submit(_each, call, block) for threads, call in calls)
-        self._ahead.append((one, other))
+        self._ahead.append((self._writer.submit(self._put, block), self._hasher.submit(self._hash, block)))
         while len(self._ahead) > ahead:
             for done in self._ahead.popleft():
                 done.result()
+
+    def _put(self, block: list[Data]) -> None:
+        start = self._file.tell()
+        for data in block:
+            self._file.write(data)
+        if hasattr(os, "posix_fadvise"):
+            # Linux begins to write these pages to disk, and goes on; else all of them would wait for the flush.
+            os.posix_fadvise(self._file.fileno(), start, self._file.tell() - start, os.POSIX_FADV_DONTNEED)
+
+    def _hash(self, block: list[Data]) -> None:
+        for data in block:
+            self._sha256.update(data)
 
     def finish(self) -> None:
         """No more comes: write out, flush to disk and close, without waiting for it."""
@@ -89,7 +97,3 @@ class Sink:
             with suppress(OSError):  # what it was left for is told already
                 self._file.close()
 
-
-def _each(call: Callable[[Data], Any], block: list[Data]) -> None:
-    for data in block:
-        call(data)

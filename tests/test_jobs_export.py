@@ -312,18 +312,18 @@ def test_killed_exports_end_with_the_same_bytes(forks: ForkServer, tmp_path: Pat
     whole = another(tmp_path / "whole")
     export(whole)
     run, killed, inside = another(tmp_path / "killed"), 0, 0
-    for events in itertools.count(2, 5):
+    for events in itertools.count(3, 9):
         forks.start("test_jobs_export:again", str(tmp_path / "killed"), log=tmp_path / "log", events=events)
         status = forks.wait()
         if status == 0:
             break
         assert status == -9, (tmp_path / "log").read_text()
         killed += 1
-        inside += any(path.glob("train-*") for path in (run.store / "staging").iterdir())
+        inside += any(list(path.glob("train-*")) for path in (run.store / "staging").iterdir())
         assert verify(run.store).ok
         for path, sha in exported(run).items():
             assert exported(whole)[path] == sha
-    assert killed > 8 and inside > 2
+    assert killed > 5 and inside > 1
     assert exported(run) == exported(whole) and verify(run.store).ok
     manifest = "SELECT * FROM shards ORDER BY path"
     assert rows(run.store, manifest) == rows(whole.store, manifest)
@@ -554,7 +554,7 @@ def test_training_needs_parquet(tmp_path: Path) -> None:
 # Memory.
 
 PEAK = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from jobs import recipe as recipes
 from jobs.export import export
@@ -562,8 +562,8 @@ from jobs.run import Run
 change = [(["export", "formats"], ["parquet", "webdataset"]), (["export", "rows"], 10_000)]
 recipe = recipes.override(recipes.load("refine-only"), change)
 export(Run(Path(sys.argv[1]), recipe.for_arm("curated")))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""  # not ru_maxrss, which a process inherits from the one that starts it
 
 
 def peak(folder: Path, count: int) -> int:
@@ -579,5 +579,5 @@ def peak(folder: Path, count: int) -> int:
 def test_memory_hardly_grows_with_the_rows(tmp_path: Path) -> None:
     few, many = 2_000, 50_000
     grown = peak(tmp_path / "many", many) - peak(tmp_path / "few", few)
-    # A row is held as its place, id, weight and scores: 36 bytes, a few times over while DuckDB joins them.
-    assert grown < 1000 * (many - few), f"{grown / (many - few):.0f} bytes a row"
+    # A row is held as its place, id, weight and two scores, 40 bytes, a few times over while they are put together.
+    assert grown < 500 * (many - few), f"{grown / (many - few):.0f} bytes a row"
