@@ -8,10 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import generation
+from bench import export, generation
 from jobs.study import machine
 
-SUITES = {"generation": generation.run}
+SUITES = {"generation": generation.run, "export": export.run}
 
 
 def main(names: list[str], out: Path) -> None:

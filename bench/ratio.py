@@ -24,14 +24,17 @@ class Ratio:
 
 
 def compare(
-    name: str, what: str, ours: Callable[[], object], theirs: Callable[[], object], turns: int = 5
-) -> Ratio:
-    """Time both in turns, after one of each that is not counted, the order changing from turn to turn."""
+    name: str, what: str, ours: Callable[[], object], theirs: Callable[[], object], turns: int = 5,
+    before: Callable[[], object] = lambda: None,
+) -> Ratio:  # fmt: skip
+    """Time both in turns, after one of each that is not counted, the order changing from turn to turn. ``before``
+    clears up in front of each, and is not timed."""
     pairs = []
     for turn in range(turns + 1):
         seconds = {}
         order = [(ours, "ours"), (theirs, "theirs")]
         for call, who in order if turn % 2 else reversed(order):
+            before()
             began = time.perf_counter()
             call()
             seconds[who] = time.perf_counter() - began

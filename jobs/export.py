@@ -1,116 +1,156 @@
-"""Stage ``export``: a sealed selection as training shards, Hugging Face Parquet with image, text and weight."""
+"""Stage ``export``: a sealed selection as training shards, with its weights, its scores and its lineage."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from jobs import samples
+from jobs import shards, trainset
+from jobs.images import Format
+from jobs.progress import bar
 from jobs.run import Run
+from jobs.shards import SCORE, File
 from jobs.stage import complete, units
 from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
-from schemas.tables import IMAGE, TABLES, with_features
+from schemas.tables import TABLES, fingerprint
 from storage.commit import commit_folder
-
-SCHEMA = with_features(
-    pa.schema(
-        {
-            "image": IMAGE,
-            "text": pa.string(),
-            "weight": pa.float64(),
-            "sample_id": pa.int64(),
-            "prompt_id": pa.int64(),
-            "round": pa.int32(),
-        }
-    )
-)
-
-
-GROUP = 100  # rows: what a reader must hold to show one
+from storage.places import parts_of
+from storage.snapshot import latest
 
 
 class Export(Settings):
     """``accumulate``: train on the selections of all rounds so far, not on this one alone (arXiv 2404.01413).
-    ``reference_share``: samples of D_0 for each selected one, of weight 1. ``rows``: rows a shard."""
+    ``reference_share``: samples of D_0 for each selected one, of weight 1. ``rows``: rows a shard.
 
+    ``formats``: each is a folder of its own, and one can be added later. ``encode``: image files are written anew in
+    this format (null: copied as stored). ``unweighted`` serves trainers that know no weights: "repeats" writes each row
+    as often as its weight says, with weight 1; "sampling" adds a list of keys drawn by weight, one a line. ``total``:
+    rows then written or keys drawn (null: as many as there are rows)."""
+
+    formats: tuple[Literal["parquet", "webdataset"], ...] = Field(("parquet",), min_length=1)
     accumulate: bool = False
     reference_share: float = Field(0.0, ge=0)
     rows: int = Field(1000, ge=1)
+    encode: Format | None = None
+    unweighted: Literal["repeats", "sampling"] | None = None
+    total: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _together(self) -> Export:
+        if self.total is not None and self.unweighted is None:
+            raise WinnowError(f"export.total is {self.total}, which only export.unweighted uses; set both or neither")
+        if len(set(self.formats)) < len(self.formats):
+            raise WinnowError(f"export.formats is {', '.join(self.formats)}; name each format once")
+        return self
 
 
-def rows_of(run: Run) -> pa.Table:
-    """sample_id, prompt_id, prompt, round and weight of every training row, in a fixed order."""
+def export(run: Run) -> list[Path]:
+    """Write the round's training set in every format, each with its manifest. Returns the files.
+
+    Raises WinnowError where the selection is not weighed, a weight is no number of 0 or more, an image cannot be read
+    or copied, or a file of an earlier run is missing or cut short.
+    """
     settings = run.recipe.export
-    first = 1 if settings.accumulate else run.round
-    chosen = run.query(
-        "SELECT sample_id, prompt_id, prompt, selections.round AS round, weight FROM selections "
-        "JOIN samples USING (sample_id) WHERE kept AND selection = $arm AND selections.round BETWEEN $first AND $last "
-        "ORDER BY selections.round, sample_id",
-        arm=run.arm, first=first, last=run.round,
-    )  # fmt: skip
-    if run.round not in chosen["round"].to_pylist() or chosen["weight"].null_count:
-        raise WinnowError(f"round {run.round} of {run.arm!r} is not selected and weighed; run 'winnow weigh' first")
-    extra = round(settings.reference_share * chosen.num_rows)
-    if not extra:
-        return chosen
-    d0 = samples.of(run.base(), "reference")
-    some = np.random.default_rng(run.seed("reference", run.round)).permutation(d0.num_rows)[:extra]
-    d0 = d0.take(np.sort(some))
-    d0 = d0.append_column("round", pa.array(np.zeros(len(d0), np.int32)))
-    d0 = d0.append_column("weight", pa.array(np.ones(len(d0))))
-    return pa.concat_tables([chosen, d0.select(chosen.column_names).cast(chosen.schema)])
+    paths = parts_of(latest(run.store))
+    rows = trainset.rows_of(run, paths)
+    schema = shards.schema_of([name.removeprefix(SCORE) for name in rows[0].column_names if name.startswith(SCORE)])
+    given = settings.model_dump(mode="json", exclude={"formats", "accumulate", "reference_share"})
+    content = [given, run.recipe.seed, fingerprint(schema), trainset.digest_of(rows)]
+    found = []
+    if settings.unweighted == "sampling":
+        keys = trainset.drawn(run, rows)
+        found += _keep(run, "sampling", content, len(keys), len(keys), partial(shards.write_keys, keys=keys))
+    if settings.unweighted == "repeats":
+        rows = trainset.repeated(run, rows)
+    total = sum(table.num_rows for table in rows)
+    for format in settings.formats:
+        write = partial(_write, run, format, paths, rows, schema)
+        found += _keep(run, format, content, total, settings.rows, write)
+    return found
 
 
-def export(run: Run) -> None:
-    """Write the shards of this round's training set and their manifest."""
-    settings = run.recipe.export
-    rows = rows_of(run)
-    content = [rows[name].to_pylist() for name in ("sample_id", "weight")]
-    name = f"{run.arm}-r{run.round}-{digest(['export', settings.model_dump(mode='json'), content], 12)}"
-    folder = run.store / "shards" / name
+def _write(
+    run: Run, format: str, paths: Sequence[str], rows: Sequence[pa.Table], schema: pa.Schema, folder: Path
+) -> list[File]:
+    total = sum(table.num_rows for table in rows)
+    with bar(f"export {format} {run.arm} round {run.round}", total) as advance:
 
-    def write(draft: Path) -> None:
-        for number, start in enumerate(range(0, rows.num_rows, settings.rows)):
-            some = samples.with_images(run, rows.slice(start, settings.rows))
-            shard = some.rename_columns({"prompt": "text"}).select(SCHEMA.names).cast(SCHEMA)
-            # Images are compressed already: plain pages, copied as they are stored.
-            path = draft / f"train-{number:05d}.parquet"
-            with pq.ParquetWriter(path, SCHEMA, compression="none", use_dictionary=False) as writer:
-                for first in range(0, shard.num_rows, GROUP):
-                    writer.write_table(shard.slice(first, GROUP).combine_chunks())
+        def counted() -> Iterator[pa.Table]:
+            for table in trainset.tables(run, paths, rows, schema):
+                yield table
+                advance(table.num_rows)
 
+        return shards.write(folder, format, schema, counted(), run.recipe.export.rows)
+
+
+def _keep(
+    run: Run, format: str, content: list[Any], total: int, rows: int, write: Callable[[Path], list[File]]
+) -> list[Path]:
+    """Commit the files of one format, ``rows`` of its ``total`` rows in each, and seal their manifest."""
+    name = f"shards/{run.arm}-r{run.round}-{format}-{digest(['export', format, content], 12)}"
+    made: list[File] = []
     # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
-    commit_folder(run.store, f"shards/{name}", write)
+    folder = commit_folder(run.store, name, lambda draft: made.extend(write(draft)), synced=True)
 
     def manifest(_: pa.Table) -> pa.Table:
-        made = []
-        for path in sorted(folder.glob("*.parquet")):
-            with open(path, "rb") as file:
-                sha = hashlib.file_digest(file, "sha256").hexdigest()
-            made.append(
-                {"selection": run.arm, "round": run.round, "path": path.relative_to(run.store).as_posix(),
-                 "rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha}
-            )  # fmt: skip
-        return pa.Table.from_pylist(made, schema=TABLES["shards"].schema)
+        # A run that was killed between the two leaves the folder without its manifest.
+        files = made or [_read(path, rows, total) for path in sorted(folder.iterdir())]
+        listed = [
+            {"selection": run.arm, "round": run.round, "format": format, "path": f"{name}/{file.name}",
+             "rows": file.rows, "bytes": file.bytes, "sha256": file.sha256}
+            for file in files
+        ]  # fmt: skip
+        return pa.Table.from_pylist(listed, schema=TABLES["shards"].schema)
 
     one = pa.table({"sample_id": pa.array([run.seed(name)])})
-    work = units("shards", {"round": run.round, "selection": run.arm}, one, 1, name)
+    work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
     complete(run, "export", "shards", work, lambda: manifest)
+    sealed = run.query("SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $name) ORDER BY path", name=name)
+    return [_sound(run.store, made, **row) for row in sealed.to_pylist()]
+
+
+def _read(path: Path, rows: int, total: int) -> File:
+    """What a file of an earlier run is."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    number = int(path.stem.rpartition("-")[2])
+    return File(path.name, min(rows, total - number * rows), path.stat().st_size, sha256)
+
+
+def _sound(store: Path, made: Sequence[File], path: str, bytes: int, sha256: str) -> Path:
+    """The file at ``path``; WinnowError where it is not as sealed, by its size, or by its SHA-256 if just ``made``."""
+    file = store / path
+    if not file.exists():
+        raise WinnowError(f"{path}: the shard is missing; remove its folder and run 'winnow export' again")
+    size = file.stat().st_size
+    if size != bytes:
+        raise WinnowError(f"{path}: has {size} bytes, was {bytes}; remove its folder and run 'winnow export' again")
+    if any(one.name == file.name and one.sha256 != sha256 for one in made):
+        raise WinnowError(
+            f"{path}: was sealed and is lost, and comes out otherwise now (another library); remove its folder and "
+            "restore it from a copy, or take another STORE="
+        )
+    return file
 
 
 def shards_of(run: Run) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of the round's shards, as the sealed manifest lists them."""
+    """Path and SHA-256 of the round's Parquet shards, as the sealed manifest lists them."""
     found = run.query(
-        "SELECT path, sha256 FROM shards WHERE selection = $arm AND round = $round ORDER BY path",
+        "SELECT path, sha256 FROM shards WHERE selection = $arm AND round = $round AND format = 'parquet' "
+        "ORDER BY path",
         arm=run.arm, round=run.round,
     )  # fmt: skip
     if not found.num_rows:
-        raise WinnowError(f"shards: round {run.round} of {run.arm!r} is not exported; run 'winnow export' first")
+        raise WinnowError(
+            f"shards: round {run.round} of {run.arm!r} is not exported as Parquet; run 'winnow export' first, with "
+            "parquet in export.formats"
+        )
     return [(run.store / row["path"], row["sha256"]) for row in found.to_pylist()]

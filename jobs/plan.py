@@ -128,7 +128,7 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     rest = _rest(recipe.model)
     disk = {
         "images": sizes * sum(images.values()),
-        "shards": sizes * all_kept * times,
+        "shards": sizes * all_kept * times * len(recipe.export.formats),
         "models": (weights + 4 * rest * (trained.method == "full")) * rounds,
         "training state": 4 * weights,
     }

@@ -71,6 +71,11 @@ class Recipe(Settings):
             raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
         if not selecting(self) and self.select.policy != "random":
             raise WinnowError(f"select.policy {self.select.policy!r} needs scores; name scorers in score.scorers")
+        if self.train.method != "none" and "parquet" not in self.export.formats:
+            raise WinnowError(
+                f"export.formats is {', '.join(self.export.formats)}, and training reads Parquet; add parquet, or set "
+                "train.method to 'none'"
+            )
         if not self.guard.enabled:
             return
         if self.train.method == "none":

@@ -120,7 +120,7 @@ TABLES: dict[str, Table] = {
         ),
         _table(
             "shards", key="path", finite="",
-            columns="selection:string round:int32 path:string rows:int64 bytes:int64 sha256:string",
+            columns="selection:string round:int32 format:string path:string rows:int64 bytes:int64 sha256:string",
         ),
         _table(
             "answers", key="text_id revision", finite="",

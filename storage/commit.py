@@ -113,29 +113,36 @@ def _leaves(schema: pa.Schema) -> dict[str, pa.DataType]:
     return leaves
 
 
-def _write(data: pa.Table, file: Any) -> None:
-    leaves = _leaves(data.schema)
-    has_images = IMAGE in data.schema.types
-    row_bytes = max(1, data.nbytes // max(1, data.num_rows))
-    group = max(1, min(IMAGE_ROWS if has_images else GROUP_ROWS, GROUP_BYTES // row_bytes))
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How the columns of a schema are stored, as ParquetWriter takes it."""
+    leaves = _leaves(schema)
     # Images are compressed already, and uncompressed pages let the Hub store only what changed.
     plain = {name for name, kind in leaves.items() if kind == pa.binary()}
-    options: dict[str, Any] = {
+    return {
         "compression": {name: "none" if name in plain else "zstd" for name in leaves},
         "use_dictionary": [name for name, kind in leaves.items() if kind == pa.string()],
         "write_statistics": [name for name in leaves if name not in plain],
     }
-    with pq.ParquetWriter(file, data.schema, **options) as writer:
+
+
+def _write(data: pa.Table, file: Any) -> None:
+    has_images = IMAGE in data.schema.types
+    row_bytes = max(1, data.nbytes // max(1, data.num_rows))
+    group = max(1, min(IMAGE_ROWS if has_images else GROUP_ROWS, GROUP_BYTES // row_bytes))
+    with pq.ParquetWriter(file, data.schema, **parquet_options(data.schema)) as writer:
         for start in range(0, data.num_rows, group):
             # Combining chunks makes the bytes independent of how the caller built the table; a group at a
             # time, because Arrow's 32-bit offsets end at 2 GB of image bytes in one chunk.
             writer.write_table(data.slice(start, group).combine_chunks(), row_group_size=group)
 
 
-def commit_folder(root: str | Path, relative: str, write: Callable[[Path], None]) -> Path:
+def commit_folder(
+    root: str | Path, relative: str, write: Callable[[Path], object], synced: bool = False
+) -> Path:
     """Let `write(folder)` fill a fresh folder and give it its final name; if that is taken, keep the first.
 
-    For what is more than one file: a trained model, a folder of shards. Returns the final path.
+    For what is more than one file: a trained model, a folder of shards. Returns the final path. `synced`: `write`
+    flushes its files itself, and makes no folders.
     """
     home = Path(root).resolve()
     final = home / relative
@@ -149,7 +156,10 @@ def commit_folder(root: str | Path, relative: str, write: Callable[[Path], None]
         if not any(draft.iterdir()):
             raise WinnowError(f"{relative}: nothing was written into the folder; it was not committed")
         with storage_errors(home, relative):
-            sync_tree(draft)
+            if synced:
+                sync(draft)
+            else:
+                sync_tree(draft)
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.rename(draft, final)

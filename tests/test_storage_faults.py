@@ -212,7 +212,10 @@ def test_verify_hashes_the_shards(tmp_path: Path) -> None:
     for path, data in shards.items():
         (root / path).write_bytes(data)
         sha = hashlib.sha256(data).hexdigest()
-        rows.append({"selection": "a", "round": 1, "path": path, "rows": 1, "bytes": len(data), "sha256": sha})
+        rows.append(
+            {"selection": "a", "round": 1, "format": "parquet", "path": path, "rows": 1, "bytes": len(data),
+             "sha256": sha}
+        )  # fmt: skip
     manifest = pa.Table.from_pylist(rows, schema=TABLES["shards"].schema)
     seal(root, "export", [commit(root, "shards", "tables/shards/u-1.parquet", manifest)], {})
     assert verify(root).ok

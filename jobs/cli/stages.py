@@ -111,11 +111,8 @@ def export(
 ) -> None:
     """Write the selection as weighted training shards."""
     from jobs.export import export as stage
-    from jobs.export import shards_of
 
-    run = open_run(recipe, store, arm, round, set)
-    stage(run)
-    for path, _ in shards_of(run):
+    for path in stage(open_run(recipe, store, arm, round, set)):
         print(path)
 
 
