@@ -8,10 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import export, generation
+from bench import export, generation, training
 from jobs.study import machine
 
-SUITES = {"generation": generation.run, "export": export.run}
+SUITES = {"generation": generation.run, "export": export.run, "training": training.run}
 
 
 def main(names: list[str], out: Path) -> None:

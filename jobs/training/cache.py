@@ -183,7 +183,8 @@ def _texts(pipe: Any) -> str:
 
 
 def _tidy(every: list[Packs]) -> None:
-    """Write what is old, and keep memory bounded however many buckets there are."""
+    """Write what is old, and keep memory bounded however many buckets there are: above WAITING / TOGETHER of them
+    batches may be smaller, and numbers differ by rounding from those of another run."""
     for packs in every:
         packs.keep()
     while sum(len(packs.waiting) for packs in every) > WAITING:

@@ -224,8 +224,9 @@ Watch = Callable[[Trainer, int, float], None]
 
 def fine_tune(
     pipe: Any, data: Cache, settings: Train, seed: int, progress: Path, label: str = "train", watch: Watch | None = None
-) -> None:
+) -> float:
     """Fine-tune in place what of the pipeline's denoiser wants gradients; state is kept in the file ``progress``.
+    Returns the seconds that steps waited for data.
 
     Started by ``accelerate launch`` or ``torchrun``, every process does its share of each batch, and all end with the
     same weights. Raises WinnowError where a weight is negative or not finite, all are zero, or the loss is not finite;
@@ -251,3 +252,4 @@ def fine_tune(
     with torch.no_grad():
         torch._foreach_copy_(trainer.parameters, trainer.average)
     trainer.model.eval()
+    return loader.waited
