@@ -40,8 +40,9 @@ def explain(store: Path, sample: int) -> str:
         )  # fmt: skip
         lines.append(f"selection {choice['selection']}, round {choice['round']}: {what}")
     for shard in run.query(
-        "SELECT path FROM shards JOIN selections USING (selection, round) WHERE sample_id = $id AND kept", id=sample
-    ).to_pylist():
+        "SELECT path FROM shards JOIN selections USING (selection, round) WHERE sample_id = $id AND kept "
+        "AND format = 'parquet'", id=sample,
+    ).to_pylist():  # fmt: skip
         lines.append(f"trained on in {shard['path'].rsplit('/', 1)[0]}")
         break
     return "\n".join(lines)
