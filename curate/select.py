@@ -136,6 +136,13 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def picks(ids: ArrayLike, chosen: ArrayLike) -> Decision:
+    """Keeps the rows whose id [N] is among those that people chose [M]. Rank 0."""
+    kept = np.isin(np.asarray(ids), np.asarray(chosen))
+    reason = np.where(kept, "", "not picked by hand").astype(object)
+    return Decision(kept, np.zeros(len(kept), dtype=np.int64), reason)
+
+
 def floors(scores: Mapping[str, ArrayLike], least: Mapping[str, float]) -> Decision:
     """Drops rows below the least value of any scorer: scores {name: [N]}, least {name: value}. Rank 0."""
     if not scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -27,7 +28,9 @@ class Select(Settings):
     """``keep``: samples of each prompt; ``budget``: samples in all (null: no limit). ``fuse`` joins several
     ``scorers`` (null: those of ``score``), each compared ``within`` its prompt or over all candidates.
     ``floors``: least value by scorer. ``dedup``: the
-    cosine similarity in ``space`` from which two samples count as one."""
+    cosine similarity in ``space`` from which two samples count as one. ``picks``: a file of the sample ids that people
+    chose, one a line; "{round}" and "{arm}" in its name stand for those. They are kept, but for floors and duplicates,
+    and the policy is not asked."""
 
     policy: Literal["best_of_n", "top_k", "quantile_band", "diverse", "random"] = "best_of_n"
     scorers: tuple[str, ...] | None = None
@@ -38,6 +41,7 @@ class Select(Settings):
     band: tuple[float, float] = (0.0, 0.5)
     floors: dict[str, float] = Field(default_factory=dict)
     dedup: float | None = Field(None, gt=-1, le=1)
+    picks: str | None = None
     space: str | None = None
 
     @model_validator(mode="after")
@@ -58,9 +62,11 @@ def select(run: Run) -> None:
     settings = run.recipe.select
     rows = samples.of(run, "train")
     used = _scorers(run)
-    spec = ["select", settings.model_dump(mode="json"), used, run.recipe.seed]
+    picks = picked(run, settings.picks) if settings.picks else None
+    spec = ["select", settings.model_dump(mode="json", exclude={"picks"}), used, run.recipe.seed]
+    spec += [] if picks is None else [sorted(picks.tolist())]
     work = units("selections", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
-    complete(run, "select", "selections", work, lambda: _work(run, settings, used))
+    complete(run, "select", "selections", work, lambda: _work(run, settings, used, picks))
 
 
 def _scorers(run: Run) -> tuple[str, ...]:
@@ -75,9 +81,25 @@ def selecting(recipe: Recipe) -> tuple[str, ...]:
     return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
 
 
-def _work(run: Run, settings: Select, used: tuple[str, ...]) -> Work:
+def picked(run: Run, name: str) -> np.ndarray:
+    """The sample ids of a file of picks, int64; WinnowError where there are none, or a line is none."""
+    path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        found = np.array([int(line) for line in lines if line], np.int64)
+    except (OSError, ValueError, OverflowError) as error:
+        raise WinnowError(
+            f"select.picks {path}: cannot be read ({error}); write the ids of the samples to keep, one a line: "
+            f'winnow sql "SELECT sample_id, prompt FROM samples WHERE round = {run.round}"'
+        ) from error
+    if not len(found):
+        raise WinnowError(f"select.picks {path}: is empty; write the ids of the samples to keep, one a line")
+    return np.unique(found)
+
+
+def _work(run: Run, settings: Select, used: tuple[str, ...], picks: np.ndarray | None) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        decision = decide(run, settings, used, rows)
+        decision = decide(run, settings, used, rows, picks)
         n = rows.num_rows
         columns = {
             "selection": pa.array([run.arm] * n),
@@ -100,8 +122,10 @@ def fuse(settings: Select, columns: list[np.ndarray], groups: np.ndarray) -> np.
     return FUSIONS[settings.fuse](np.stack(columns, axis=1), peers)
 
 
-def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) -> choose.Decision:
-    """Floors, then near duplicates, then the policy: each over what the one before left."""
+def decide(
+    run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table, picks: np.ndarray | None = None
+) -> choose.Decision:
+    """What people picked, then floors, then near duplicates, then the policy: each over what the one before left."""
     numbers, groups = ids(rows), rows["prompt_id"].to_numpy()
     scores = scores_of(run, "train", tuple(dict.fromkeys([*used, *settings.floors])))
     fused = np.zeros(len(numbers))
@@ -113,8 +137,18 @@ def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) ->
 
     everything = np.ones(len(numbers), bool)
     before = choose.Decision(everything, np.zeros(len(numbers), np.int64), np.full(len(numbers), "", object))
+    if picks is not None:
+        strangers = picks[~np.isin(picks, numbers)]
+        if len(strangers):
+            raise WinnowError(
+                f"select.picks: sample {strangers[0]} is no candidate of round {run.round} of {run.arm!r}, nor are "
+                f"{len(strangers) - 1} others; remove them"
+            )
+        before = choose.picks(numbers, picks)
     if settings.floors:
-        before = choose.floors({name: scores[name] for name in settings.floors}, settings.floors)
+        left = before.kept
+        named = {name: scores[name][left] for name in settings.floors}
+        before = choose.narrow(before, choose.floors(named, settings.floors))
     if settings.dedup is not None:
         assert features is not None
         left = before.kept
@@ -122,13 +156,17 @@ def decide(run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table) ->
     left = before.kept
     if not left.any():
         raise WinnowError(f"select: floors {settings.floors} leave none of {len(left)} samples; lower them")
-    options = {
-        "best_of_n": {"k": settings.keep},
-        "random": {"k": settings.keep},
-        "quantile_band": {"k": settings.keep, "low": settings.band[0], "high": settings.band[1]},
-    }.get(settings.policy, {})
-    policy = choose.POLICIES[settings.policy]
+    if picks is None:
+        policy, budget = settings.policy, settings.budget
+        options = {
+            "best_of_n": {"k": settings.keep},
+            "random": {"k": settings.keep},
+            "quantile_band": {"k": settings.keep, "low": settings.band[0], "high": settings.band[1]},
+        }.get(policy, {})
+    else:
+        policy, budget, options = "best_of_n", None, {"k": len(numbers)}
     seed = run.seed("select", run.arm, run.round) % 2**31
     some = None if features is None else features[left]
-    after = policy(fused[left], groups[left], numbers[left], some, settings.budget, seed, **options)
+    choice = choose.POLICIES[policy]
+    after = choice(fused[left], groups[left], numbers[left], some, budget, seed, **options)
     return choose.narrow(before, after)

@@ -11,12 +11,13 @@ from conftest import rows as query
 from safetensors.torch import load_file
 
 from jobs import recipe as recipes
+from jobs import samples
 from jobs.export import export
 from jobs.generate import generate
 from jobs.prompts import prompts
 from jobs.run import Run
 from jobs.score import score
-from jobs.select import select
+from jobs.select import decide, picked, select
 from jobs.train import train, trained_model
 from jobs.weigh import weigh
 from schemas.errors import WinnowError
@@ -128,6 +129,30 @@ def test_a_later_round_encodes_only_what_is_new(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(cache, "encode", count)
     train(later)
     assert sum(encoded) == 6
+
+
+def test_what_people_picked_is_kept(run: Run, tmp_path: Path) -> None:
+    """Three of one prompt, though the policy keeps two of each; the others say why they are not kept."""
+    found = query(run.store, "SELECT sample_id, prompt_id FROM samples WHERE round = 1 AND split = 'train'")
+    mine = [row["sample_id"] for row in found if row["prompt_id"] == found[0]["prompt_id"]][:3]
+    (tmp_path / "picks-1.txt").write_text("\n".join(map(str, mine)) + "\n\n")
+    recipe = recipes.override(run.recipe, [(["select", "picks"], str(tmp_path / "picks-{round}.txt"))])
+    by_hand = Run(run.store, recipe, 1, "curated")
+    rows = samples.of(by_hand, "train")
+    chosen = picked(by_hand, recipe.select.picks)
+    used = ("guidance-gap:" + recipe.model,)
+    decision = decide(by_hand, recipe.select, used, rows, chosen)
+    assert sorted(rows["sample_id"].to_numpy()[decision.kept]) == sorted(mine)
+    assert set(decision.reason[~decision.kept]) == {"not picked by hand"} and sorted(decision.rank)[-3:] == [1, 2, 3]
+    with pytest.raises(WinnowError, match="sealed already, made with other settings"):
+        select(by_hand)
+    wrong = {"": "is empty", "12\nabc\n": "cannot be read", f"{mine[0]}\n5\n": "sample 5 is no candidate"}
+    for text, said in wrong.items():
+        (tmp_path / "picks-1.txt").write_text(text)
+        with pytest.raises(WinnowError, match=said):
+            decide(by_hand, recipe.select, used, rows, picked(by_hand, recipe.select.picks))
+    with pytest.raises(WinnowError, match=r"picks-2\.txt: cannot be read .*winnow sql"):
+        picked(Run(run.store, recipe, 2, "curated"), recipe.select.picks)
 
 
 def test_nothing_is_trained_where_nothing_is_to_be(run: Run) -> None:
