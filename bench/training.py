@@ -1,19 +1,20 @@
 """Training: steps from the cache against the usual loop, which decodes and encodes its rows anew every epoch.
 
 Ours is the trainer as a round runs it, from a cache that an earlier round has filled: batches made by the loader's
-thread, the moving average, the checks of the loss. The plain loop decodes the PNG files, runs the autoencoder and the
-text encoder on each batch, and then does the same step of the same optimiser on the same loss, without an average.
+thread, the moving average, the checks of the loss. The plain loop is put together as diffusers' text-to-image script
+is: a dataset of images that decodes, transforms and tokenizes row by row, a data loader in the same process, the
+autoencoder and the text encoder on each batch, and the same step of the same optimiser, without an average.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from bench.ratio import Ratio, compare
 from jobs import models
@@ -21,7 +22,6 @@ from jobs.generate import Generate, Sampler
 from jobs.images import encode
 from jobs.train import Train
 from jobs.training.cache import Example, build
-from jobs.training.loader import batches
 from jobs.training.loop import fine_tune
 from jobs.world.scenes import all_captions
 
@@ -42,31 +42,44 @@ def examples() -> list[Example]:
 
 
 def plain(rows: list[Example], settings: Train) -> None:
-    """The usual loop of a training script for a flow-matching latent diffusion model."""
+    """The usual loop of a training script, for a flow-matching latent diffusion model."""
+    from datasets import Dataset, Features, Image, Value
+    from torchvision import transforms
+
     pipe = models.load("embedded")
     unet, vae = pipe.unet.train(), pipe.vae
+    side = unet.config.sample_size * pipe.vae_scale_factor
+    change = transforms.Compose(
+        [transforms.Resize(side, interpolation=transforms.InterpolationMode.BILINEAR), transforms.CenterCrop(side),
+         transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    )  # fmt: skip
+
+    def prepare(some: dict[str, list[Any]]) -> dict[str, Any]:
+        ids = pipe.tokenizer(
+            some["text"], padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+        return {"pixels": [change(image.convert("RGB")) for image in some["image"]], "ids": ids}
+
+    held = {"image": [{"bytes": row.file, "path": None} for row in rows], "text": [row.text for row in rows]}
+    data = Dataset.from_dict(held, features=Features({"image": Image(), "text": Value("string")}))
+    loader = torch.utils.data.DataLoader(
+        data.with_transform(prepare), settings.batch, shuffle=True, drop_last=True,
+        collate_fn=lambda some: {key: torch.stack([row[key] for row in some]) for key in ("pixels", "ids")},
+    )  # fmt: skip
     optimiser = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    random = torch.Generator().manual_seed(0)
-    drawn = batches(np.zeros(len(rows), int), settings.batch, 0)
-    for _, some in zip(range(settings.steps), drawn, strict=False):
-        batch = [rows[i] for i in some]
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(row.file)).convert("RGB")) for row in batch])
+    epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+    for _, batch in zip(range(settings.steps), epochs, strict=False):
         with torch.no_grad():
-            inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-            x = vae.encode(inputs).latent_dist.mean * vae.config.scaling_factor
-            ids = pipe.tokenizer(
-                [row.text for row in batch], padding="max_length", max_length=pipe.tokenizer.model_max_length,
-                truncation=True, return_tensors="pt",
-            ).input_ids  # fmt: skip
-            text = pipe.text_encoder(ids)[0]
-        noise = torch.randn(x.shape, generator=random)
-        sigma = torch.sigmoid(torch.randn(len(x), generator=random))
+            x = vae.encode(batch["pixels"]).latent_dist.sample() * vae.config.scaling_factor
+            text = pipe.text_encoder(batch["ids"])[0]
+        noise, sigma = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)))
         noisy = torch.lerp(x, noise, sigma.view(-1, 1, 1, 1))
         loss = (unet(noisy, sigma * 1000, text).sample - (noise - x)).square().mean()
-        optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.clip)
         optimiser.step()
+        optimiser.zero_grad()
         loss.item()
 
 
