@@ -113,7 +113,8 @@ def _keep(
     one = pa.table({"sample_id": pa.array([run.seed(name)])})
     work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
     complete(run, "export", "shards", work, lambda: manifest)
-    sealed = run.query("SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $name) ORDER BY path", name=name)
+    listed = "SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $folder) ORDER BY path"
+    sealed = run.query(listed, folder=f"{name}/")
     return [_sound(run.store, made, **row) for row in sealed.to_pylist()]
 
 
