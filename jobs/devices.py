@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ def processes() -> PartialState:
     """This process among those that ``accelerate launch`` or ``torchrun`` started; alone without them."""
     from accelerate import PartialState
 
-    return PartialState(cpu=device() == "cpu")
+    # They wait while the first one encodes, draws sheets and writes.
+    return PartialState(cpu=device() == "cpu", timeout=timedelta(days=1))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from jobs.stage import complete, units
 from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
-from schemas.tables import TABLES, fingerprint
+from schemas.tables import TABLES
 from storage.commit import commit_folder
 from storage.places import parts_of
 from storage.snapshot import latest
@@ -31,9 +31,9 @@ class Export(Settings):
     ``reference_share``: samples of D_0 for each selected one, of weight 1. ``rows``: rows a shard.
 
     ``formats``: each is a folder of its own, and one can be added later. ``encode``: image files are written anew in
-    this format (null: copied as stored). ``unweighted`` serves trainers that know no weights: "repeats" writes each row
-    as often as its weight says, with weight 1; "sampling" adds a list of keys drawn by weight, one a line. ``total``:
-    rows then written or keys drawn (null: as many as there are rows)."""
+    this format (null: copied as stored). ``unweighted`` serves trainers that know no weights: "repeats" writes a second
+    folder a format, with each row as often as its weight says and weight 1; "sampling" adds a list of keys drawn by
+    weight, one a line. ``total``: rows then written or keys drawn (null: as many as there are rows)."""
 
     formats: tuple[Literal["parquet", "webdataset"], ...] = Field(("parquet",), min_length=1)
     accumulate: bool = False
@@ -62,18 +62,21 @@ def export(run: Run) -> list[Path]:
     paths = parts_of(latest(run.store))
     rows = trainset.rows_of(run, paths)
     schema = shards.schema_of([name.removeprefix(SCORE) for name in rows[0].column_names if name.startswith(SCORE)])
-    given = settings.model_dump(mode="json", exclude={"formats", "accumulate", "reference_share"})
-    content = [given, run.recipe.seed, fingerprint(schema), trainset.digest_of(rows)]
+    # What is in the rows stands for how they came; and each set of rows can be added to a finished round.
+    content = [settings.rows, settings.encode, trainset.digest_of(rows)]
+    more = [*content, settings.unweighted, settings.total, run.recipe.seed]
     found = []
     if settings.unweighted == "sampling":
         keys = trainset.drawn(run, rows)
-        found += _keep(run, "sampling", content, len(keys), len(keys), partial(shards.write_keys, keys=keys))
+        found += _keep(run, "sampling", more, len(keys), len(keys), partial(shards.write_keys, keys=keys))
+    sets = [("", rows, content)]
     if settings.unweighted == "repeats":
-        rows = trainset.repeated(run, rows)
-    total = sum(table.num_rows for table in rows)
-    for format in settings.formats:
-        write = partial(_write, run, format, paths, rows, schema)
-        found += _keep(run, format, content, total, settings.rows, write)
+        sets.append(("-repeats", trainset.repeated(run, rows), more))
+    for kind, some, spec in sets:
+        total = sum(table.num_rows for table in some)
+        for format in settings.formats:
+            write = partial(_write, run, format, paths, some, schema)
+            found += _keep(run, format + kind, spec, total, settings.rows, write)
     return found
 
 

@@ -63,7 +63,7 @@ class Generate(Settings):
 def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: str) -> pa.Table:
     """The rows to make, all columns but the image: same seeds for every model on the eval split, so that
     rounds are compared image by image."""
-    settings = run.recipe.generate
+    settings = sampling(run)
     texts = chosen(run, "eval" if split == "eval" else "train", prompts)
     where = ["eval"] if split == "eval" else [split, run.round, run.arm]
     sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"}) | away(settings)
@@ -74,6 +74,12 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
             number = sample_id([model, sampler, split, run.round, run.arm, prompt_id, seed])
             rows.append({"sample_id": number, "prompt_id": prompt_id, "prompt": text, "seed": seed})
     return pa.Table.from_pylist(rows)
+
+
+def sampling(run: Run) -> Generate:
+    """The run's settings; the base's own samples are led away from nothing."""
+    settings = run.recipe.generate
+    return settings.model_copy(update={"negative": None}) if run.arm == BASE else settings
 
 
 def away(settings: Generate) -> dict[str, Any]:
@@ -229,6 +235,7 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
         prompts, per_prompt = run.recipe.evaluate.prompts, run.recipe.evaluate.images_per_prompt
     else:
         prompts, per_prompt = settings.prompts, settings.images_per_prompt
+    settings = sampling(run)
     model = model or (run.recipe.model if run.arm == BASE else run.start_model())
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
@@ -243,7 +250,7 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
 
 
 def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) -> Work:
-    settings = run.recipe.generate
+    settings = sampling(run)
     draw = sampler(model, settings, planned["prompt"].to_pylist())
     name = f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from jobs import models
 from jobs.families import family
 from schemas.errors import WinnowError
 
-BASE = "base.json"
+BASE = models.LORA
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "winnow"
 

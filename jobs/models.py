@@ -17,6 +17,8 @@ from schemas.errors import WinnowError
 if TYPE_CHECKING:
     import torch
 
+LORA = "base.json"  # in the folder of a LoRA, see jobs.lora
+
 #: Names for ``model:`` in a recipe; anything else is a folder or a Hub id such as "org/name".
 MODELS = {"embedded": Path(__file__).parent / "world" / "weights" / "pipeline"}
 
@@ -25,7 +27,7 @@ def locate(name: str) -> Path | str:
     """The folder of a model, or its Hub id; WinnowError where a folder is named that is neither a pipeline nor a
     LoRA that Winnow trained."""
     path = MODELS.get(name, Path(name).expanduser())
-    if (path / "model_index.json").is_file() or (path / "base.json").is_file():
+    if (path / "model_index.json").is_file() or (path / LORA).is_file():
         return path
     if path.exists():
         raise WinnowError(f"model {name}: the folder has no model_index.json; give a diffusers pipeline folder")
@@ -51,7 +53,7 @@ def layers(name: str) -> tuple[str, Path | None]:
     """A model as its pipeline and the folder of the LoRA on it, if there is one; WinnowError where that belongs to
     another revision of the pipeline than there is now."""
     place = locate(name)
-    if not isinstance(place, Path) or not (place / "base.json").is_file():
+    if not isinstance(place, Path) or not (place / LORA).is_file():
         return name, None
     from jobs.lora import base_of
 
@@ -65,8 +67,9 @@ def layers(name: str) -> tuple[str, Path | None]:
     return base.model, place
 
 
-def load(name: str, dtype: torch.dtype | None = None) -> Any:
-    """The pipeline on the best device at hand, silent, its LoRA on it; ``dtype``: by default the device's own."""
+def load(name: str, dtype: torch.dtype | dict[str, torch.dtype] | None = None) -> Any:
+    """The pipeline on the best device at hand, silent, its LoRA on it; ``dtype``: by default the device's own, or one
+    for each part and for the "default"."""
     base, adapter = layers(name)
     pipe = _pipeline(base, dtype)
     if adapter:
@@ -104,7 +107,7 @@ def _gaps() -> Iterator[list[str]]:
         log.removeHandler(ear)
 
 
-def _pipeline(name: str, dtype: torch.dtype | None) -> Any:
+def _pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype] | None) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import deprecation_utils
     from diffusers.utils import logging as diffusers_logging

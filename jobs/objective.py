@@ -105,7 +105,13 @@ def objective(scheduler: Any) -> Objective:
     """What a pipeline's model predicts, by its scheduler's configuration."""
     config = scheduler.config
     kind = config.get("prediction_type", "flow_prediction")
+    name = type(scheduler).__name__
     if kind in ("epsilon", "v_prediction"):
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise WinnowError(
+                f"model: a {name} has noise levels of its own; with epsilon and v_prediction, schedulers with "
+                "alphas_cumprod (DDPM, DDIM, PNDM, Euler, DPM-Solver) can be trained"
+            )
         return Objective(kind, config.num_train_timesteps, scheduler.alphas_cumprod)
     if kind == "flow_prediction":
         # Where the shift depends on the image's size (FLUX), sampling alone has it.

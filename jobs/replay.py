@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from jobs import models
-from jobs.generate import sampler
+from jobs.generate import sampler, sampling
 from jobs.images import decode, encode
+from jobs.run import Run
 from jobs.sealed import recipe_of, sample_row
 from schemas.errors import WinnowError
 from storage.layout import check
@@ -55,9 +56,10 @@ def replay(store: Path, sample: int) -> Replay:
     now = models.revision(model)
     if now != revision:
         raise WinnowError(f"sample {sample}: made by {row['model']}, and {model} is now at {now}; restore that model")
-    image = sampler(model, recipe.generate)([row["prompt"]], [row["seed"]])[0]
+    settings = sampling(Run(home, recipe, row["round"], row["arm"]))
+    image = sampler(model, settings)([row["prompt"]], [row["seed"]])[0]
     pixels = np.round(image * 255).astype(np.uint8)
-    again = np.asarray(decode(encode(pixels, recipe.generate.format)))
+    again = np.asarray(decode(encode(pixels, settings.format)))
     stored = np.asarray(decode(row["image"]["bytes"], f"sample {sample}"))
     if again.shape != stored.shape:
         raise WinnowError(f"sample {sample}: is {stored.shape[:2]}, came out {again.shape[:2]}; was the store edited?")

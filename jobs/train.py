@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs import devices, models
 from jobs.export import shards_of
+from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import Run
 from jobs.training.buckets import Buckets
@@ -24,6 +25,10 @@ from storage.commit import commit_folder
 
 if TYPE_CHECKING:
     from jobs.training.cache import Example
+
+
+AT_ONCE = 64  # rows of a shard in memory
+WAITING = 0.05  # the share of time spent waiting for data from which it is said
 
 
 class Train(Settings):
@@ -44,8 +49,9 @@ class Train(Settings):
     ``prompt_dropout`` keeps classifier-free guidance alive.
     ``neon`` w: go from the start the other way, start − w · (trained − start), for a model that was trained on its own
     unselected samples (Neon, arXiv 2510.03597).
-    ``checkpoint``: steps between two resumable states, 0 for none. ``watch``: steps between two looks at the loss of
-    ``validation`` rows that are held back and at a sheet of ``sheet`` held-out prompts, 0 for none.
+    ``checkpoint``: steps between two resumable states, 0 for none. ``watch``: steps between two looks, 0 for none: at
+    the loss of a share ``validation`` of the samples, the same ones in every round, which are held back, and at a sheet
+    of ``sheet`` held-out prompts.
     """
 
     method: Literal["full", "lora", "none"] = "full"
@@ -71,13 +77,24 @@ class Train(Settings):
     neon: float | None = Field(None, gt=0)
     checkpoint: int = Field(100, ge=0)
     watch: int = Field(0, ge=0)
-    validation: int = Field(0, ge=0)
+    validation: float = Field(0.0, ge=0, lt=1)
     sheet: int = Field(8, ge=0)
+
+    @model_validator(mode="after")
+    def _together(self) -> Train:
+        if self.window and not 0 <= self.window[0] < self.window[1]:
+            raise WinnowError(f"train.window is {list(self.window)}; give two timesteps, low and high")
+        if self.validation and not self.watch:
+            raise WinnowError(f"train.validation is {self.validation}, but nobody looks; set train.watch to some steps")
+        return self
 
 
 def _name(run: Run) -> str:
     shards = [sha for _, sha in shards_of(run)]
-    spec = ["train", models.revision(run.start_model()), shards, run.recipe.train.model_dump(mode="json")]
+    # What changes memory or what is seen, and nothing of the weights but rounding, may change in the middle.
+    apart = {"micro_batch", "checkpointing", "checkpoint", "watch", "sheet"}
+    settings = run.recipe.train.model_dump(mode="json", exclude=apart)
+    spec = ["train", models.revision(run.start_model()), shards, settings]
     return f"models/{run.arm}-r{run.round}-{digest([*spec, run.recipe.seed], 12)}"
 
 
@@ -91,20 +108,28 @@ def trained_model(run: Run) -> str:
     return str(folder)
 
 
-def examples(run: Run) -> list[Example]:
-    """The rows of the round's shards, checked against their SHA-256."""
+def examples(run: Run) -> Iterator[Example]:
+    """The rows of the round's shards, whose SHA-256 is checked first; a few of them in memory.
+
+    Raises WinnowError where a shard is missing or changed, or a weight is no number of 0 or more.
+    """
     from jobs.training.cache import Example
 
-    rows = []
     for path, sha in shards_of(run):
         if not path.exists():
             raise WinnowError(f"{path}: the shard is missing; remove its folder and run 'winnow export' again")
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha:
                 raise WinnowError(f"{path}: the shard is not as exported; remove its folder and export again")
-        shard: pa.Table = pq.read_table(path, columns=["sample_id", "text", "weight", "image"])
-        rows += [Example(r["sample_id"], r["text"], r["weight"], r["image"]["bytes"]) for r in shard.to_pylist()]
-    return rows
+        with pq.ParquetFile(path) as shard:
+            for batch in shard.iter_batches(AT_ONCE, columns=["sample_id", "text", "weight", "image"]):
+                for row in batch.to_pylist():
+                    if not 0 <= row["weight"] < math.inf:
+                        raise WinnowError(
+                            f"{path}: sample {row['sample_id']} has the weight {row['weight']}, allowed are numbers of "
+                            "0 or more; weigh and export again"
+                        )
+                    yield Example(row["sample_id"], row["text"], row["weight"], row["image"]["bytes"])
 
 
 def train(run: Run) -> None:
@@ -115,36 +140,60 @@ def train(run: Run) -> None:
     if run.recipe.train.method == "none":
         raise WinnowError("train.method is 'none': nothing is trained; set it to 'full' or 'lora'")
     name = _name(run)
+    progress = run.store / "checkpoints" / f"{Path(name).name}.safetensors"
     if (run.store / name).exists():
+        _clear(progress)
         return
     import torch
 
     from jobs.families import family
     from jobs.training.cache import build
-    from jobs.training.loop import fine_tune
+    from jobs.training.loop import check, fine_tune
     from jobs.training.watch import Watch
 
     group = devices.processes()
-    progress = run.store / "checkpoints" / f"{Path(name).name}.safetensors"
     settings, seed = run.recipe.train, run.seed("train", run.round)
     pipe, save = _start(run)
+    check(pipe, settings)
     with group.main_process_first():  # it encodes what is not cached yet
         data = build(pipe, examples(run), run.store / "cache", settings.size, settings.buckets)
     # Of B·A, which starts at nothing, turning B turns all.
     turned = [p for n, p in family(pipe).model(pipe).named_parameters() if p.requires_grad and "lora_A" not in n]
-    begun = [p.detach().clone() for p in turned] if settings.neon else []
+    begun = [p.detach().to("cpu", copy=True) for p in turned] if settings.neon else []
     watch = None
     if settings.watch:
         texts = chosen(run, "eval", settings.sheet)["text"].to_pylist() if settings.sheet else []
         watch = Watch(run.store, f"reports/{Path(name).name}", settings.watch, texts, run.recipe.generate)
-    fine_tune(pipe, data, settings, seed, progress, f"train {run.arm} round {run.round}", watch)
+    else:
+        _make_room(pipe)
+    label = f"train {run.arm} round {run.round}"
+    waited = fine_tune(pipe, data, settings, seed, progress, label, watch)
+    if waited > WAITING:
+        say(f"{label}: {waited:.0%} of the time went into waiting for data; is the store on a slow disk?")
     with torch.no_grad():
         for now, start in zip(turned if begun else [], begun, strict=True):
+            start = start.to(now.device)
             now.copy_(start - settings.neon * (now - start))
     if group.is_main_process:
         commit_folder(run.store, name, save)
-        progress.unlink(missing_ok=True)
+        _clear(progress)
     group.wait_for_everyone()
+
+
+def _clear(progress: Path) -> None:
+    """Remove the state of a training that is done, and what a killed process left of it."""
+    from jobs.training.state import draft_of
+
+    for file in (progress, draft_of(progress)):
+        file.unlink(missing_ok=True)
+
+
+def _make_room(pipe: Any) -> None:
+    """Take from the GPU what the trainer has in its cache already: it may be larger than what is trained."""
+    if pipe.device.type == "cuda":
+        for name, part in pipe.components.items():
+            if part is not None and name.startswith(("vae", "text_encoder")):
+                part.to("cpu")
 
 
 def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
@@ -163,6 +212,7 @@ def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
         return pipe, pipe.save_pretrained
     if adapter and settings.neon:
         raise WinnowError("train.neon cannot turn round a LoRA that goes on from another; set it to null")
-    pipe = models.load(base)
+    own = getattr(torch, settings.precision) if settings.precision else devices.dtype()
+    pipe = models.load(base, {"vae": torch.float32, "default": own})
     lora.attach(pipe, settings.rank, run.seed("lora"), adapter)
     return pipe, partial(lora.save, pipe, base=lora.Base(base, models.revision(base), settings.rank))

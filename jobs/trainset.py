@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from curate import resample
 from jobs import images
+from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.shards import SCORE
 from schemas.errors import WinnowError
@@ -55,6 +56,8 @@ def rows_of(run: Run, paths: Sequence[str]) -> list[pa.Table]:
     )  # fmt: skip
     if not len(d0):
         raise WinnowError("samples: D_0 is empty; run 'winnow generate --split reference' first")
+    if extra > len(d0):
+        say(f"export: reference_share asks for {extra} samples of D_0, which has {len(d0)}; all of them are taken")
     some = d0[np.random.default_rng(run.seed("reference", run.round)).permutation(len(d0))[:extra]]
     rest = _placed(run, paths, some, np.ones(len(some)), scorers)
     return [chosen.drop_columns(unused), rest.drop_columns(unused)]
@@ -99,11 +102,11 @@ def _check(run: Run, chosen: pa.Table) -> None:
 
 
 def digest_of(rows: Sequence[pa.Table]) -> str:
-    """Hash of the rows' order, ids, weights and scores, over their buffers."""
+    """Hash of the rows' order, ids and weights, over their buffers; a score that is added later is no part of it."""
     found = hashlib.blake2b(digest_size=16)
     for table in rows:
         found.update(table.num_rows.to_bytes(8))
-        for column in table.drop_columns(["part", "row"]).columns:
+        for column in table.select(["sample_id", "weight"]).columns:
             found.update(np.ascontiguousarray(column.to_numpy()))
     return found.hexdigest()
 

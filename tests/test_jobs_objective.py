@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -30,6 +30,8 @@ def test_what_is_predicted_follows_the_scheduler() -> None:
     assert [objective(scheduler_for(kind)).kind for kind in KINDS] == KINDS
     with pytest.raises(WinnowError, match="predicts 'sample'; epsilon, v_prediction and flow"):
         objective(DDPMScheduler(prediction_type="sample"))
+    with pytest.raises(WinnowError, match="a EDMEulerScheduler has noise levels of its own"):
+        objective(EDMEulerScheduler())
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

@@ -1,6 +1,10 @@
 """The stages around training: advantage weights, steps the other way, the cache between rounds, what is seen."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +103,7 @@ def test_neon_turns_a_lora_round(run: Run) -> None:
 
 
 def test_what_is_seen_of_training(run: Run) -> None:
-    watched = changed(run, watch=2, validation=1, sheet=1, window=[0, 500], min_snr=5.0, normalise="batch")
+    watched = changed(run, watch=2, validation=0.5, sheet=1, window=[0, 500], min_snr=5.0, normalise="batch")
     train(watched)
     name = Path(trained_model(watched)).name
     folder = run.store / "reports" / name
@@ -153,6 +157,29 @@ def test_what_people_picked_is_kept(run: Run, tmp_path: Path) -> None:
             decide(by_hand, recipe.select, used, rows, picked(by_hand, recipe.select.picks))
     with pytest.raises(WinnowError, match=r"picks-2\.txt: cannot be read .*winnow sql"):
         picked(Run(run.store, recipe, 2, "curated"), recipe.select.picks)
+
+
+def test_two_processes_train_one_model_in_one_store(run: Run, tmp_path: Path) -> None:
+    """As ``accelerate launch`` starts them: one cache, one state, one model, that of a single process."""
+    recipe = recipes.override(run.recipe, [(["train", "lr"], 1e-4), (["train", "micro_batch"], 1)])
+    alone = weights_of(Run(run.store, recipe, 1, "curated"))
+    home = shutil.copytree(run.store, tmp_path / "store")
+    shutil.rmtree(home / "models")
+    shutil.rmtree(home / "cache")
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    verb = ["train", "--recipe", tmp_path / "mine.yaml", "--store", home, "--arm", "curated", "--round", 1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jobs.cli",
+         *map(str, verb)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (model,) = (home / "models").iterdir()
+    together = load_file(model / UNET)
+    apart = torch.cat([(alone[name] - together[name]).abs().flatten() for name in alone])
+    assert apart.quantile(0.99) < 1e-6 and apart.max() < 2e-4 and apart.max() > 0
+    assert not list((home / "checkpoints").glob("*"))
 
 
 def test_nothing_is_trained_where_nothing_is_to_be(run: Run) -> None:

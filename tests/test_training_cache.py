@@ -500,7 +500,7 @@ def build_limited(model: str, folder: str) -> None:
 
 def test_a_full_disk_says_so_and_loses_nothing(stable_diffusion: Path, forks: ForkServer, tmp_path: Path) -> None:
     log, folder = tmp_path / "log", tmp_path / "cache"
-    forks.start("test_jobs_cache:build_limited", str(stable_diffusion), str(folder), log=log)
+    forks.start("test_training_cache:build_limited", str(stable_diffusion), str(folder), log=log)
     assert forks.wait() == 1
     last = log.read_text().splitlines()[-1]
     assert "WinnowError" in last and "MiB left; free space" in last and "latents-" in last, last
@@ -518,7 +518,7 @@ def build_apart(model: str, folder: str) -> None:
 def test_kill_9_keeps_what_was_finished(
     stable_diffusion: Path, forks: ForkServer, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, call, log = models.load(str(stable_diffusion)), "test_jobs_cache:build_apart", tmp_path / "log"
+    pipe, call, log = models.load(str(stable_diffusion)), "test_training_cache:build_apart", tmp_path / "log"
     expected = build(pipe, examples(100), tmp_path / "whole")
     names = [path.relative_to(tmp_path / "whole") for path in every_pack(tmp_path / "whole")]
     assert len(names) == 7 + 3 + 1  # of 100 images, of 34 texts, of no text
@@ -546,7 +546,7 @@ def test_kill_9_at_any_file_operation(forks: ForkServer, tmp_path: Path) -> None
     while True:
         events += 1
         folder = tmp_path / f"cache {events}"
-        forks.start("test_jobs_cache:write_apart", str(folder), str(events), log=log)
+        forks.start("test_training_cache:write_apart", str(folder), str(events), log=log)
         status = forks.wait()
         finished = every_pack(folder)
         for path in finished:
@@ -586,7 +586,7 @@ def write_apart(folder: str, events: str) -> None:
 def test_two_processes_build_at_once(stable_diffusion: Path, forks: ForkServer, tmp_path: Path, small: None) -> None:
     pipe, log = models.load(str(stable_diffusion)), tmp_path / "log"
     expected = build(pipe, examples(100), tmp_path / "whole")
-    forks.start("test_jobs_cache:build_apart", str(stable_diffusion), str(tmp_path / "cache"), log=log)
+    forks.start("test_training_cache:build_apart", str(stable_diffusion), str(tmp_path / "cache"), log=log)
     mine = build(pipe, examples(100), tmp_path / "cache")
     assert forks.wait() == 0, log.read_text()
     assert same(mine, expected) and same(build(pipe, examples(100), tmp_path / "cache"), expected)

@@ -17,6 +17,7 @@ from jobs.train import Train
 from jobs.training.cache import Cache, Example, build
 from jobs.training.loop import Trainer, fine_tune, lr_factor, weighted_loss
 from schemas.errors import WinnowError
+from schemas.ids import sample_id
 
 KINDS = ["epsilon", "v_prediction", "flow"]
 
@@ -27,7 +28,7 @@ def examples(weights: list[float]) -> list[Example]:
     for i, weight in enumerate(weights):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file, "png")
-        made.append(Example(100 + i, WORDS[i % len(WORDS)], weight, file.getvalue()))
+        made.append(Example(sample_id(["row", i]), WORDS[i % len(WORDS)], weight, file.getvalue()))
     return made
 
 
@@ -67,7 +68,7 @@ def gradient(trainer: Trainer, rows: list[int], **changed: Any) -> torch.Tensor:
     some = torch.tensor(rows)
     told = {key: value[some] for key, value in whole.told.items()}
     batch = dataclasses.replace(
-        whole, rows=np.array(rows), latents=whole.latents[some], noise=whole.noise[some], draw=whole.draw[some],
+        whole, rows=np.array(rows), latents=whole.latents[some], noise=whole.noise[some], t=whole.t[some],
         told=told, weights=whole.weights[some], **{"total": 1.0} | changed,
     )  # fmt: skip
     found = []
@@ -105,7 +106,7 @@ def test_the_loss_is_its_formula(folder: Path, tmp_path: Path) -> None:
                 continue
             trainer = start(folder, tmp_path, weights, normalise=normalise, min_snr=min_snr, prompt_dropout=0.5)
             batch = trainer.batch(3, np.array([2, 0, 3, 1]))
-            t = trainer.objective.times(batch.draw)
+            t = batch.t
             expected = 0.0
             pipe = trainer.pipe
             for i in range(4):
@@ -164,7 +165,7 @@ def test_draws_belong_to_the_step_and_dropped_prompts_to_the_seed(folder: Path, 
     trainer = start(folder, tmp_path, [1.0] * 8, prompt_dropout=0.4)
     rows = np.arange(8)
     first, again, other = trainer.batch(5, rows), trainer.batch(5, rows), trainer.batch(6, rows)
-    assert torch.equal(first.noise, again.noise) and torch.equal(first.draw, again.draw)
+    assert torch.equal(first.noise, again.noise) and torch.equal(first.t, again.t)
     assert not torch.equal(first.noise, other.noise)
     nothing = trainer.data.conditions(rows[:1], np.array([True]))["prompt_embeds"]
     told = [trainer.batch(step, rows).told["prompt_embeds"] for step in range(40)]
@@ -199,7 +200,9 @@ def test_useless_weights_are_refused(stable_diffusion: Path, tmp_path: Path, wei
     ("how", "said"),
     [
         ({"window": (500, 400)}, r"train\.window is \[500, 400\]; give two timesteps"),
-        ({"validation": 4}, r"train\.validation is 4, and there are 4 rows"),
+        ({"validation": 0.999999, "watch": 1}, r"train\.validation 0\.999999 holds back all 4 rows"),
+        ({"window": (500, 1001)}, r"train\.window is \[500, 1001\]; give .* from 0 to 1000"),
+        ({"validation": 0.1}, "nobody looks; set train.watch"),
     ],
 )
 def test_impossible_settings_are_named(stable_diffusion: Path, tmp_path: Path, how: dict[str, Any], said: str) -> None:
@@ -223,8 +226,31 @@ def test_a_loss_that_explodes_names_its_samples(stable_diffusion: Path, tmp_path
             return found
 
     damaged = Damaged(**{field.name: getattr(data, field.name) for field in dataclasses.fields(data)})
-    with pytest.raises(WinnowError, match=r"the loss is nan at step 3 \(samples 104\); what was kept before stays"):
+    bad = data.sample_ids[4]
+    with pytest.raises(WinnowError, match=rf"the loss is nan at step 3 \(samples {bad}\); what was kept before stays"):
         fine_tune(pipe, damaged, settings, 7, progress)
     fresh = models.load(str(stable_diffusion))
     assert Trainer(fresh, data, settings, 7).state.resume(progress) == 3
     assert all(torch.isfinite(p).all() for p in family(fresh).model(fresh).parameters())
+
+
+def test_weights_that_a_step_spoils_are_never_kept(stable_diffusion: Path, tmp_path: Path) -> None:
+    """The third step's learning rate throws the weights out of all numbers, with a finite loss and gradient."""
+    pipe, progress = models.load(str(stable_diffusion)), tmp_path / "p.safetensors"
+    data = build(pipe, examples([1.0] * 4), tmp_path / "cache")
+    settings = Train(steps=3, batch=4, lr=1e-4, checkpoint=1)
+    fine_tune(pipe, data, settings, 7, progress)
+    whole = progress.read_bytes()
+    wild = settings.model_copy(update={"lr": 1e39})
+    with pytest.raises(WinnowError, match=r"weights are not finite after step 3; what was kept before stays"):
+        fine_tune(models.load(str(stable_diffusion)), data, wild, 7, progress)
+    assert progress.read_bytes() == whole
+
+
+def test_a_gradient_that_is_none_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+    trainer = start(stable_diffusion, tmp_path, [1.0] * 4)
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.parameters[3].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(WinnowError, match=r"the gradient is (nan|inf) at step 0, with a loss of [0-9.]+; what"):
+        trainer.step(0, trainer.batch(0, np.arange(4)))
+    assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))

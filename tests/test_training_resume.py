@@ -139,7 +139,7 @@ def test_a_damaged_state_says_how_to_go_on(stable_diffusion: Path, tmp_path: Pat
 
 
 def test_watching_changes_nothing_and_shows_what_there_is(stable_diffusion: Path, tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"steps": 12, "validation": 2})
+    settings = SETTINGS.model_copy(update={"steps": 12, "validation": 0.5})
     made = []
     for watched in (False, True):
         pipe = models.load(str(stable_diffusion))
@@ -164,7 +164,7 @@ def test_watching_changes_nothing_and_shows_what_there_is(stable_diffusion: Path
     trainer = Trainer(pipe, data, settings, 7)
     assert validation(trainer) == pytest.approx(lines[-1]["validation"], rel=1e-5)
     assert validation(trainer) == validation(trainer)
-    assert len(trainer.held_back) == 2 and sorted([*trainer.kept, *trainer.held_back]) == list(range(8))
+    assert 0 < len(trainer.held_back) < 6 and sorted([*trainer.kept, *trainer.held_back]) == list(range(8))
 
 
 def test_rows_that_are_held_back_are_never_trained_on(
@@ -179,6 +179,11 @@ def test_rows_that_are_held_back_are_never_trained_on(
         return inner(self, step, rows)
 
     monkeypatch.setattr(Trainer, "batch", spy)
-    settings = SETTINGS.model_copy(update={"steps": 6, "validation": 3})
+    settings = SETTINGS.model_copy(update={"steps": 6, "validation": 0.5})
     fine_tune(pipe, data, settings, 7, tmp_path / "p.safetensors")
-    assert len(set(seen)) == 5 and not set(seen) & set(Trainer(pipe, data, settings, 7).held_back)
+    held = set(Trainer(pipe, data, settings, 7).held_back)
+    assert held and set(seen) == set(range(8)) - held
+    # The very rows, in another round's order and among others: none is trained on that was held back once.
+    more = build(pipe, examples([1.0] * 20)[::-1], tmp_path / "cache")
+    later = Trainer(pipe, more, settings, 8)
+    assert {data.sample_ids[row] for row in held} <= {more.sample_ids[row] for row in later.held_back}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jobs import digest
+from jobs import devices, digest
 from jobs.families import Condition, family
 from jobs.images import array, cover, decode, size_of
 from jobs.latents import encode
@@ -162,7 +162,8 @@ def _check(pipe: Any, cut: Size) -> None:
 
 def _latents(vae: Any, cut: Size, items: list[tuple[bytes, int]]) -> Condition:
     pictures = [cover(decode(file, f"sample {sample_id}"), *cut) for file, sample_id in items]
-    return {"latents": encode(vae, array(pictures))}
+    with devices.exact():
+        return {"latents": encode(vae, array(pictures))}
 
 
 def _told(pipe: Any, texts: list[str | None]) -> Condition:

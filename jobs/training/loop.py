@@ -10,13 +10,14 @@ with w the sample weight (RSIDiff, equation 6), λ 1 or min-SNR, D the numbers i
     mean    total = n · mean of w over the whole set: the same learning rate whatever the weights' level
     batch   total = Σ w of the batch: every step is as long, also where a batch happens to be light
 
-Every random number comes from the seed and the step, so a resumed run draws what an uninterrupted one does, and
+Every random number of ours comes from the seed and the step, so a resumed run draws what an uninterrupted one does, and
 processes that share a batch draw what one process does.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from jobs import devices
 from jobs.families import Condition, family
-from jobs.objective import objective
+from jobs.objective import Objective, objective
 from jobs.progress import bar
 from jobs.training.cache import Cache
 from jobs.training.loader import Loader, batches
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from jobs.train import Train
 
 LOOKS = 4  # timesteps at which a row that is held back is looked at
+GRAIN = 2**20  # rows are held back by their ids modulo this
 AT_ONCE = 2**24  # numbers of gradients that processes add up in one message
 
 
@@ -58,21 +60,21 @@ def lr_factor(step: int, steps: int, floor: float, warmup: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's share of a step: ``rows`` [n] of the data, and for each its latents, noise [n, C, h, w], normal
-    draw for its timestep [n], condition and weight [n]; ``total``: what the loss of the whole batch is divided by."""
+    """This process's share of a step: ``rows`` [n] of the data, and for each its latents, noise [n, C, h, w], timestep
+    [n], condition and weight [n]; ``total``: what the loss of the whole batch is divided by."""
 
     rows: np.ndarray
     latents: Tensor
     noise: Tensor
-    draw: Tensor
+    t: Tensor
     told: Condition
     weights: Tensor
     total: float
 
     def _each(self, change: Callable[[Tensor], Tensor], rows: np.ndarray) -> Batch:
-        latents, noise, draw, weights = map(change, (self.latents, self.noise, self.draw, self.weights))
+        latents, noise, t, weights = map(change, (self.latents, self.noise, self.t, self.weights))
         told = {key: change(value) for key, value in self.told.items()}
-        return Batch(rows, latents, noise, draw, told, weights, self.total)
+        return Batch(rows, latents, noise, t, told, weights, self.total)
 
     def pinned(self) -> Batch:
         """The same in memory that a GPU reads on its own."""
@@ -83,33 +85,38 @@ class Batch:
         return self._each(lambda tensor: tensor[some].to(device, non_blocking=True), self.rows[some])
 
 
+def check(pipe: Any, settings: Train) -> Objective:
+    """What the pipeline's model predicts; WinnowError where it cannot be trained as the settings ask."""
+    found = objective(pipe.scheduler)
+    found.check(settings.window, settings.min_snr)
+    processes = devices.processes().num_processes
+    if settings.batch < processes:
+        raise WinnowError(f"train.batch is {settings.batch}, for {processes} processes; give at least as many")
+    return found
+
+
 class Trainer:
     """A pipeline's denoiser under training. What of it wants gradients is trained, in place."""
 
     def __init__(self, pipe: Any, data: Cache, settings: Train, seed: int) -> None:
+        self.pipe, self.data, self.settings, self.seed = pipe, data, settings, seed
+        self.family, self.objective, self.group = family(pipe), check(pipe, settings), devices.processes()
         if not np.isfinite(data.weights).all() or (data.weights < 0).any() or not (data.weights > 0).any():
             raise WinnowError("train: weights must be finite, at least 0 and not all 0; weigh and export again")
-        self.pipe, self.data, self.settings, self.seed = pipe, data, settings, seed
-        mixed = np.random.default_rng([seed % 2**63, 0]).permutation(len(data))
-        if settings.validation >= len(data):
+        # By the sample's id, a hash: the same in every round, and for every copy of a row.
+        back = data.sample_ids % GRAIN < settings.validation * GRAIN
+        if back.all():
             raise WinnowError(
-                f"train.validation is {settings.validation}, and there are {len(data)} rows; leave some to train on"
+                f"train.validation {settings.validation} holds back all {len(data)} rows; give less, or select more"
             )
-        self.held_back = np.sort(mixed[len(data) - settings.validation :])
-        self.kept = np.sort(mixed[: len(data) - settings.validation])
-        self.family, self.objective = family(pipe), objective(pipe.scheduler)
-        self.objective.check(settings.window, settings.min_snr)
-        self.group = devices.processes()
-        if settings.batch < self.group.num_processes:
-            raise WinnowError(
-                f"train.batch is {settings.batch}, for {self.group.num_processes} processes; give at least as many"
-            )
+        self.held_back, self.kept = np.flatnonzero(back), np.flatnonzero(~back)
         self.model = self.family.model(pipe).train()
         if settings.checkpointing:
             self.model.enable_gradient_checkpointing()
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
+        # Without an average the weights stand for it.
+        self.average = [p.detach().clone() if settings.ema else p.detach() for p in self.parameters]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -118,7 +125,7 @@ class Trainer:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of these rows, and each row's own mean square [N]."""
         settings, goal = self.settings, self.objective
-        t = goal.times(batch.draw, settings.window, settings.times)
+        t = batch.t
         noisy, target = goal.noisy(batch.latents, batch.noise, t), goal.target(batch.latents, batch.noise, t)
         precision = getattr(torch, settings.precision) if settings.precision else devices.dtype()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -131,13 +138,13 @@ class Trainer:
         data, settings = self.data, self.settings
         random = torch.Generator().manual_seed((self.seed + step) % 2**63)
         noise = torch.randn((len(rows), *data.shapes[data.bucket[rows[0]]]), generator=random)
-        draw = torch.randn(len(rows), generator=random)
+        t = self.objective.times(torch.randn(len(rows), generator=random), settings.window, settings.times)
         dropped = torch.rand(len(rows), generator=random) < settings.prompt_dropout
         weights = torch.from_numpy(data.weights[rows])
         level = {"none": 1.0, "mean": float(data.weights.mean()), "batch": float(weights.mean()) or 1.0}
         mine = slice(self.group.process_index, None, self.group.num_processes)
         found = Batch(
-            rows[mine], data.latents(rows[mine]), noise[mine], draw[mine],
+            rows[mine], data.latents(rows[mine]), noise[mine], t[mine],
             data.conditions(rows[mine], dropped[mine].numpy()), weights[mine], len(rows) * level[settings.normalise],
         )  # fmt: skip
         return found.pinned() if self.device.type == "cuda" else found
@@ -148,8 +155,9 @@ class Trainer:
         random = torch.Generator().manual_seed(int(self.data.sample_ids[row]) % 2**63)
         noise = torch.randn((LOOKS, *self.data.shapes[self.data.bucket[row]]), generator=random)
         draw = torch.special.ndtri((torch.arange(LOOKS) + 0.5) / LOOKS)
+        t = self.objective.times(draw, self.settings.window, self.settings.times)
         told = self.data.conditions(rows, np.zeros(LOOKS, bool))
-        return Batch(rows, self.data.latents(rows), noise, draw, told, torch.ones(LOOKS), LOOKS)
+        return Batch(rows, self.data.latents(rows), noise, t, told, torch.ones(LOOKS), LOOKS)
 
     def step(self, step: int, batch: Batch) -> float:
         """One step of the optimiser; returns the whole batch's loss."""
@@ -170,15 +178,28 @@ class Trainer:
             self._refuse(step, value, batch.rows[~torch.cat(bad).isfinite().cpu().numpy()])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._sum(gradients)
-        nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip))
+        if not math.isfinite(norm):
+            raise WinnowError(
+                f"train: the gradient is {norm} at step {step}, with a loss of {value:.4g}; what was kept before "
+                "stays; lower train.lr, or set train.precision to float32"
+            )
         self.optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
+        if settings.ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
         return value
+
+    def check(self, step: int) -> None:
+        """WinnowError where a step has spoilt the weights: such a state is neither kept nor the end."""
+        if not all(bool(p.isfinite().all()) for p in (*self.parameters, *self.average)):
+            raise WinnowError(
+                f"train: weights are not finite after step {step}; what was kept before stays; lower train.lr"
+            )
 
     def _refuse(self, step: int, value: float, rows: np.ndarray) -> None:
         names = ", ".join(str(self.data.sample_ids[row]) for row in rows[:5])
-        which = f"samples {names}{', …' if len(rows) > 5 else ''}" if len(rows) else "the samples of another process"
+        which = f"samples {names}{', …' if len(rows) > 5 else ''}" if len(rows) else "no single one of its samples here"
         raise WinnowError(
             f"train: the loss is {value} at step {step} ({which}); what was kept before stays; lower train.lr, or look "
             "at these samples"
@@ -206,16 +227,22 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the model has the weights that training would end with."""
-        with torch.no_grad():
-            held = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
+        held = [p.detach().clone() for p in self.parameters] if self.settings.ema else []
+        self.take_average()
         self.model.eval()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, held)
+                for parameter, before in zip(self.parameters if held else [], held, strict=True):
+                    parameter.copy_(before)
             self.model.train()
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Give the model the averaged weights."""
+        if self.settings.ema:
+            torch._foreach_copy_(self.parameters, self.average)
 
 
 #: Called after each step with the trainer, the number of steps done and the step's loss.
@@ -226,7 +253,7 @@ def fine_tune(
     pipe: Any, data: Cache, settings: Train, seed: int, progress: Path, label: str = "train", watch: Watch | None = None
 ) -> float:
     """Fine-tune in place what of the pipeline's denoiser wants gradients; state is kept in the file ``progress``.
-    Returns the seconds that steps waited for data.
+    Returns the share of the time that steps waited for data.
 
     Started by ``accelerate launch`` or ``torchrun``, every process does its share of each batch, and all end with the
     same weights. Raises WinnowError where a weight is negative or not finite, all are zero, or the loss is not finite;
@@ -234,6 +261,7 @@ def fine_tune(
     """
     trainer = Trainer(pipe, data, settings, seed)
     first = trainer.state.resume(progress)
+    begun = time.perf_counter()
     rows = (trainer.kept[some] for some in batches(data.bucket[trainer.kept], settings.batch, seed, first))
     steps = range(first, settings.steps)
     shares = (trainer.batch(step, some) for step, some in zip(steps, rows, strict=False))
@@ -246,10 +274,11 @@ def fine_tune(
             if not trainer.group.is_main_process:
                 continue
             if settings.checkpoint and done % settings.checkpoint == 0 and done < settings.steps:
+                trainer.check(done)
                 trainer.state.keep(progress, done)
             if watch:
                 watch(trainer, done, loss)
-    with torch.no_grad():
-        torch._foreach_copy_(trainer.parameters, trainer.average)
+    trainer.check(settings.steps)
+    trainer.take_average()
     trainer.model.eval()
-    return loader.waited
+    return loader.waited / max(time.perf_counter() - begun, 1e-9)

@@ -17,6 +17,11 @@ from storage.durable import storage_errors
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def draft_of(file: Path) -> Path:
+    """Where the next state of the file is written first; what a killed process left there is written over."""
+    return file.with_suffix(".draft")
+
+
 @dataclass(frozen=True)
 class State:
     """The trained weights, their moving average and AdamW's moments, each in the order of ``parameters``."""
@@ -28,7 +33,9 @@ class State:
     def _tensors(self) -> dict[str, Tensor]:
         found = {}
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
-            found |= {f"parameter.{i}": parameter.detach(), f"average.{i}": average}
+            found[f"parameter.{i}"] = parameter.detach()
+            if average.data_ptr() != parameter.data_ptr():
+                found[f"average.{i}"] = average
             moments = self.optimiser.state.get(parameter, {})  # a weight that no gradient reached has none
             found |= {f"{name}.{i}": moments[name] for name in MOMENTS if name in moments}
         return found
@@ -36,7 +43,7 @@ class State:
     def keep(self, file: Path, step: int) -> None:
         """Write all of it, and that ``step`` steps are done, in place of the last state: the file is always whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}")
+        draft = draft_of(file)
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         try:
             with storage_errors(file.parent, file.name):
@@ -57,7 +64,8 @@ class State:
                 step, names = int(kept.metadata()["step"]), set(kept.keys())
                 for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
                     parameter.copy_(kept.get_tensor(f"parameter.{i}"))
-                    average.copy_(kept.get_tensor(f"average.{i}"))
+                    if average.data_ptr() != parameter.data_ptr():
+                        average.copy_(kept.get_tensor(f"average.{i}"))
                     if f"{MOMENTS[0]}.{i}" in names:
                         moments = {name: kept.get_tensor(f"{name}.{i}").to(parameter.device) for name in MOMENTS}
                         # A fused AdamW counts on the device of its weights.

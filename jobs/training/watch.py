@@ -26,7 +26,7 @@ COLUMNS = 4
 
 class Watch:
     """Looks every ``every`` steps and after the last. ``folder`` is below ``store``; the prompts of the sheet may be
-    none. Both are of the weights that training would end with."""
+    none. Both are of the weights that training would end with, before a step of Neon."""
 
     def __init__(self, store: Path, folder: str, every: int, prompts: Sequence[str], generate: Generate) -> None:
         self.store, self.folder, self.every = store, folder, every
