@@ -60,14 +60,16 @@ TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 77 + 256, "FluxTr
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's size: weights of its denoiser, those of a LoRA of rank 1 on it, pixels a side, and TFLOP of one pass
-    and of decoding one image."""
+    """A model's size: weights of its denoiser, those of a LoRA of rank 1 on it, pixels a side, TFLOP of one pass and of
+    decoding one image, and the numbers in an image's latents and in what the denoiser is told of a text."""
 
     parameters: int
     adapted: int
     side: int
     step: float
     decode: float
+    latent: int
+    told: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,10 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     disk = {
         "images": sizes * sum(images.values()),
         "shards": sizes * all_kept * times * len(recipe.export.formats),
+        # In float32 and bfloat16, each once in all rounds: see jobs.training.cache.
+        "cache": judged * (4 * shape.latent * all_kept + 2 * shape.told * min(learned, all_kept)) * rounds,
         "models": (weights + 4 * rest * (trained.method == "full")) * rounds,
-        "training state": 4 * weights,
+        "training state": (4 if trained.ema else 3) * weights,
     }
     passes = made.steps * (2 if made.guidance > 1 and not _told(recipe.model) else 1)
     image = passes * shape.step + shape.decode
@@ -188,13 +192,13 @@ def shape_of(model: str, width: int | None, height: int | None) -> Shape:
     # A FLUX transformer has no size of its own: its pipeline draws 1024 × 1024.
     side = config.get("sample_size", 128) * scale
     key = json.dumps([config, decoder, (height or side) // scale, (width or side) // scale], sort_keys=True)
-    parameters, adapted, step, decode = _count(key)
-    return Shape(parameters, adapted, side, step, decode)
+    parameters, adapted, *rest = _count(key)
+    return Shape(parameters, adapted, side, *rest)
 
 
 @lru_cache
-def _count(key: str) -> tuple[int, int, float, float]:
-    """Weights, weights of a LoRA of rank 1, TFLOP of a pass and TFLOP of a decoding."""
+def _count(key: str) -> tuple[int, int, float, float, int, int]:
+    """Weights, weights of a LoRA of rank 1, TFLOP of a pass and of a decoding, numbers in latents and in conditions."""
     import diffusers
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -209,23 +213,24 @@ def _count(key: str) -> tuple[int, int, float, float]:
         network = getattr(diffusers, kind).from_config({k: v for k, v in config.items() if not k.startswith("_")})
         channels = network.config.in_channels
         x, t = torch.empty(1, channels, height, width), torch.empty(1)
-        words = TOKENS[kind]
+        words, pooled = TOKENS[kind], 0
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             if kind == "UNet2DConditionModel":
-                more = {}
+                wide, more = network.config.cross_attention_dim, {}
                 if network.config.addition_embed_type == "text_time":
                     ids = 6 * network.config.addition_time_embed_dim
                     pooled = network.config.projection_class_embeddings_input_dim - ids
                     more = {"added_cond_kwargs": {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}}
-                network(x, t, torch.empty(1, words, network.config.cross_attention_dim), **more)
+                network(x, t, torch.empty(1, words, wide), **more)
             elif kind == "SD3Transformer2DModel":
-                pooled = torch.empty(1, network.config.pooled_projection_dim)
-                network(x, torch.empty(1, words, network.config.joint_attention_dim), pooled, t)
+                wide, pooled = network.config.joint_attention_dim, network.config.pooled_projection_dim
+                network(x, torch.empty(1, words, wide), torch.empty(1, pooled), t)
             else:
+                wide, pooled = network.config.joint_attention_dim, network.config.pooled_projection_dim
                 tokens = height * width // 4
                 network(
-                    torch.empty(1, tokens, channels), torch.empty(1, words, network.config.joint_attention_dim),
-                    torch.empty(1, network.config.pooled_projection_dim), t, torch.empty(tokens, 3),
+                    torch.empty(1, tokens, channels), torch.empty(1, words, wide), torch.empty(1, pooled), t,
+                    torch.empty(tokens, 3),
                     torch.empty(words, 3), torch.empty(1) if network.config.guidance_embeds else None,
                 )  # fmt: skip
                 channels //= 4
@@ -239,4 +244,5 @@ def _count(key: str) -> tuple[int, int, float, float]:
         for name, layer in network.named_modules()
         if isinstance(layer, torch.nn.Linear) and name.endswith(JOINT)
     ]
-    return sum(p.numel() for p in network.parameters()), sum(adapted), step, decode
+    numbers = channels * height * width, words * wide + pooled
+    return sum(p.numel() for p in network.parameters()), sum(adapted), step, decode, *numbers
