@@ -37,7 +37,7 @@ class Grid:
     def cut(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [N, H, W, C] → regions float32 [N, rows·columns, width] in [−1, 1], row by row."""
         if images.shape[1:] != self.shape or images.dtype != np.uint8:
-            raise WinnowError(f"images {images.dtype} {images.shape[1:]}: this grid cuts uint8 {self.shape}; resize them")
+            raise WinnowError(f"images {images.dtype} {images.shape[1:]}: allowed are uint8 {self.shape}; resize them")
         tiles = images.reshape(-1, self.rows, self.patch, self.columns, self.patch, self.channels)
         return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, self.regions, self.width).astype(np.float32) / 127.5 - 1
 

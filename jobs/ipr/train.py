@@ -61,8 +61,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """``steps`` of ``batch`` images; AdamW at ``lr`` that rises for ``warmup`` steps and falls by a cosine to 0; ``ema``:
-    of the weights that are kept; ``kind``: weight of the class loss; ``keep``: steps between two states on disk."""
+    """``steps`` of ``batch`` images; AdamW at ``lr`` that rises for ``warmup`` steps and falls by a cosine to 0;
+    ``ema``: of the weights that are kept; ``kind``: weight of the class loss; ``keep``: steps between two states."""
 
     steps: int
     batch: int = 128
@@ -169,7 +169,8 @@ def save(model: RegionTransformer, config: dict[str, Any], to: Path) -> None:
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".draft-") as name:
         draft = Path(name) / to.name
         draft.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, draft / "model.safetensors")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, draft / "model.safetensors")
         whole = {"grid": asdict(model.grid), **config}
         (draft / "config.json").write_text(json.dumps(whole, indent=1) + "\n")
         shutil.rmtree(to, ignore_errors=True)
@@ -184,5 +185,5 @@ def load(folder: Path) -> tuple[RegionTransformer, dict[str, Any]]:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise WinnowError(f"{folder}: no model of regions there ({reason}); train it: python -m jobs.ipr train") from error
+        raise WinnowError(f"{folder}: no model of regions ({reason}); train it: python -m jobs.ipr train") from error
     return model.to(device()).eval(), config
