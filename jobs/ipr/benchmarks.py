@@ -18,7 +18,8 @@ from schemas.errors import WinnowError
 @dataclass(frozen=True)
 class Benchmark:
     """``task`` from handwriting; ``steps`` of a region in the first pass, ``again`` in a refinement; ``budgets``:
-    evaluations a sample at which methods are compared; ``given``: shares of the regions that are given, 0 is hard."""
+    evaluations a sample at which methods are compared; ``given``: shares of the regions that are given, 0 is hard;
+    ``brief``: only the main methods, where evaluations are dear."""
 
     task: Callable[[dict[str, Digits]], Task]
     shape: Shape
@@ -27,6 +28,7 @@ class Benchmark:
     again: int
     budgets: tuple[int, ...]
     given: tuple[float, ...] = (0.0,)
+    brief: bool = False
 
 
 BENCHMARKS = {
@@ -34,10 +36,10 @@ BENCHMARKS = {
         lambda hand: Sudoku(2, hand), Shape(), Training(5000), 3, 2, (112, 176, 304), (0.0, 0.25),
     ),
     "even-pixels": Benchmark(
-        lambda _: EvenPixels(), Shape(128), Training(2500, batch=64), 4, 4, (128, 256),
+        lambda _: EvenPixels(), Shape(128), Training(2500, batch=64), 4, 4, (192,), brief=True,
     ),
     "polygons": Benchmark(
-        Polygons, Shape(), Training(2500, batch=64), 3, 3, (216, 324),
+        Polygons, Shape(), Training(2500, batch=64), 3, 3, (216,), brief=True,
     ),
     # For a GPU: the class loss is what makes structure appear at this size.
     "sudoku9": Benchmark(

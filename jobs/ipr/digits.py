@@ -63,7 +63,8 @@ class Reader:
     def __call__(self, ink: np.ndarray) -> np.ndarray:
         """Images uint8 [..., size, size] → digits int64 [...]."""
         flat = ink.reshape(-1, *ink.shape[-2:])
-        return self.model.predict(_features(flat)).reshape(ink.shape[:-2]) if len(flat) else np.zeros(0, np.int64)
+        found = self.model.predict(_features(flat)) if len(flat) else np.zeros(0, np.int64)
+        return found.reshape(ink.shape[:-2])
 
 
 def _features(ink: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class Method:
 def methods(how: Benchmark, free: int) -> list[Method]:
     """What is compared where ``free`` regions are not given: the first pass in its kinds, IPR, and its controls."""
     start, again = Pass(how.steps), Pass(how.again)
-    found = [Method("parallel", Pass(n, overlap=1.0)) for n in PARALLEL]
+    found = [Method("parallel", Pass(n, overlap=1.0)) for n in PARALLEL if n <= max(how.budgets)]
     found += [Method("sequential, random order", Pass(how.steps, "random"))]
     found += [Method("sequential, overlap 1/2", Pass(2 * how.steps, overlap=0.5))]
     longer = sorted({budget // free for budget in how.budgets} - {how.steps})
@@ -57,11 +57,12 @@ def methods(how: Benchmark, free: int) -> list[Method]:
         return Method(name, start, way, fraction, choice, tuple(mark for mark in marks if mark))
 
     found += [iterated("IPR", fraction, again) for fraction in FRACTIONS]
-    return [
-        *found, iterated("whole image", 1.0, WHOLE), iterated("restart", 1.0, start),
-        iterated("fixed regions", 0.25, again, "fixed"), iterated("least certain regions", 0.25, again, "uncertain"),
-        iterated("regions in conflict", 0.25, again, "conflict"),
-    ]  # fmt: skip
+    found += [iterated("whole image", 1.0, WHOLE), iterated("restart", 1.0, start)]
+    found += [iterated("fixed regions", 0.25, again, "fixed")]
+    found += [iterated("least certain regions", 0.25, again, "uncertain")]
+    found += [iterated("regions in conflict", 0.25, again, "conflict")]
+    brief = {"parallel", "sequential", "whole image", "restart"}
+    return [one for one in found if not how.brief or one.name in brief or (one.name, one.fraction) == ("IPR", 0.25)]
 
 
 def rate(valid: np.ndarray) -> dict[str, Any]:

@@ -43,8 +43,9 @@ GPU = """
 ## sudoku9: not measured
 
 9 × 9 boards are for a GPU: `make benchmark-ipr ARGS="sudoku9 --train --data mnist_train.npz"` runs the recipe, a
-transformer of {parameters:.1f} million parameters (width {width}, {layers} layers), {steps:,} steps of {batch:,} boards.
-Arithmetic: {flops:.1f} · 10¹⁷ operations (6 a parameter and token), {minutes:.0f} minutes at 200 sustained TFLOP/s.
+transformer of {parameters:.1f} million parameters (width {width}, {layers} layers), {steps:,} steps of {batch:,}
+boards. Arithmetic: {flops:.1f} · 10¹⁷ operations (6 a parameter and token), {minutes:.0f} minutes at 200 sustained
+TFLOP/s.
 """
 
 
@@ -112,7 +113,7 @@ def page(found: dict[str, Any], out: Path) -> str:
             f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
             f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
             "",
-            "| given | method | share drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | s |",
+            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | s |",
             "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in one["rows"]:
