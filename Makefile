@@ -11,7 +11,8 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench lint lock clean
+.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench \
+  benchmark-ipr lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +79,9 @@ study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
 	$(VENV)/bin/python -m bench $(ARGS)
+
+benchmark-ipr: $(READY) ## measure iterative partial refinement, into results/ (ARGS="sudoku4 --train": train it first)
+	$(VENV)/bin/python -m jobs.ipr $(ARGS)
 
 lint: $(READY) ## check the style and the direction of the imports
 	$(VENV)/bin/ruff check .

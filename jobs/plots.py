@@ -88,8 +88,12 @@ def curves(summary: dict[str, Any], metrics: Mapping[str, str]) -> list[tuple[st
     return charts
 
 
-def curve(title: str, subtitle: str, lines: Sequence[Line], ceiling: float | None = None, scale: float = 1.0) -> str:
-    """Values over the rounds, a line an arm, its best round ringed; ``ceiling`` is what real images reach."""
+def curve(
+    title: str, subtitle: str, lines: Sequence[Line], ceiling: float | None = None, scale: float = 1.0,
+    axis: str = "round",
+) -> str:  # fmt: skip
+    """Values over the rounds, or what ``axis`` says, a line an arm, its best round ringed; ``ceiling`` is what real
+    images reach."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(title, subtitle)
         for line, colour in zip(lines, COLOURS * len(lines), strict=False):
@@ -109,7 +113,7 @@ def curve(title: str, subtitle: str, lines: Sequence[Line], ceiling: float | Non
         axes.set_xlim(-0.25, max(1, last) + 0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.set_xlabel("round", loc="left", labelpad=1)
+        axes.set_xlabel(axis, loc="left", labelpad=1)
         axes.margins(y=0.14)
         if len(lines) > 1 or ceiling is not None:
             _legend(figure)

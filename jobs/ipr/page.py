@@ -1,0 +1,142 @@
+"""The benchmarks' results as files: ipr.json, ipr.md, a curve and a picture of samples for each benchmark."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jobs.ipr.benchmarks import BENCHMARKS
+from jobs.plots import Line, curve
+
+#: What the curve shows, by method and fraction.
+DRAWN = {
+    "sequential": ("sequential", None),
+    "IPR, 1/4": ("IPR", 0.25),
+    "whole image": ("whole image", 1.0),
+    "restart": ("restart", 1.0),
+}
+ZOOM = 2  # of the picture
+HEAD = """# Iterative partial refinement
+
+Made by `make benchmark-ipr`. Valid: share of the samples that obey the benchmark's rule, ± its standard error, with its
+95 % Wilson interval; evaluations: of the model, for one sample; seconds: for all samples, on the machine named. Every
+refinement begins with the same samples, those of "sequential". The ceiling is the share of real images that the checker
+accepts; retention, how many of these are still valid after one iteration.
+
+| method | what it does |
+|---|---|
+| parallel | all regions at one noise level |
+| sequential | one region after the other, the most certain first; more evaluations: more steps a region |
+| IPR | each iteration draws a random share of the regions again among the others |
+| whole image | each iteration sets the whole image to noise level 0.5 and denoises it in 8 steps: a control |
+| restart | each iteration draws everything anew, sequentially: a control |
+| fixed regions | IPR, but the same regions in each iteration: a control |
+| least certain regions | IPR of the regions that the model is least sure of; a look costs one evaluation |
+| regions in conflict | IPR of the regions that differ most from what the model expects there; the same cost |
+"""
+GPU = """
+## sudoku9: not measured
+
+9 × 9 boards are for a GPU: `make benchmark-ipr ARGS="sudoku9 --train --data mnist_train.npz"` runs the recipe, a
+transformer of {parameters:.1f} million parameters (width {width}, {layers} layers), {steps:,} steps of {batch:,}
+boards. Arithmetic: {flops:.1f} · 10¹⁷ operations (6 a parameter and token), {minutes:.0f} minutes at 200 sustained
+TFLOP/s.
+"""
+
+
+def keep(name: str, figures: dict[str, Any], before: np.ndarray, after: np.ndarray, out: Path) -> Path:
+    """Write one benchmark's figures beside those that ``out``/ipr.json has, and the page anew; returns the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "ipr.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found[name] = figures
+    found = {known: found[known] for known in BENCHMARKS if known in found}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    (out / f"ipr-{name}.svg").write_bytes(picture(name, figures))
+    if len(before):
+        rows = [np.concatenate(list(np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)), 1)
+                for side in (before, after)]  # fmt: skip
+        sheet = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
+        Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(out / f"ipr-{name}.png", optimize=True)
+    (out / "ipr.md").write_text(page(found, out))
+    return out / "ipr.md"
+
+
+def picture(name: str, figures: dict[str, Any]) -> bytes:
+    """An SVG of the valid share against evaluations where nothing is given; bands are one standard error."""
+    lines = []
+    for label, (method, fraction) in DRAWN.items():
+        rows = [row for row in figures["rows"] if not row["given"] and row["method"] == method]
+        rows = [row for row in rows if row.get("fraction") == fraction]
+        if fraction is not None:  # from the samples that it begins with
+            rows = [_first(figures), *rows]
+        x, y, half = ([row[key] for row in rows] for key in ("evaluations", "rate", "se"))
+        lines.append(Line(label, x, y, half))
+    subtitle = f"{name}, nothing given: mean of {figures['n']} samples ± standard error"
+    uri = curve("valid, %", subtitle, lines, figures["ceiling"]["rate"], 100.0, "evaluations a sample")
+    return base64.b64decode(uri.partition(",")[2])
+
+
+def _first(figures: dict[str, Any]) -> dict[str, Any]:
+    """The row of the first pass that every refinement begins with."""
+    rows = [row for row in figures["rows"] if not row["given"] and row["method"] == "sequential"]
+    return min(rows, key=lambda row: row["evaluations"])
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}"
+
+
+def page(found: dict[str, Any], out: Path) -> str:
+    """All benchmarks as Markdown."""
+    lines = [HEAD]
+    for name, one in found.items():
+        how, model = one["model"]["training"], one["model"]["figures"]
+        checker = ", ".join(
+            f"{key.replace('_', ' ')} {100 * value:.1f} %" for key, value in one["checker"].items() if value <= 1
+        )
+        lines += [
+            f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
+            f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
+            f"{model['cpu_seconds'] / 60:.1f} CPU-minutes ({model['seconds'] / 60:.1f} by the clock, "
+            f"{model['threads']} threads), on {one['handwriting']}.",
+            f"- Checker on what nobody has seen: {checker or 'exact'}. "
+            f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
+            "- Retention: " + "; ".join(
+                f"{row['method']} {row['fraction']:.3g}: {_share(row)} %" for row in one["retention"]
+            ) + ".",
+            f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
+            f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
+            "",
+            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in one["rows"]:
+            lines.append(
+                f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('iterations', '')} | "
+                f"{row['evaluations']} | {_share(row)} | {100 * row['low']:.1f} – {100 * row['high']:.1f} | "
+                f"{row.get('distinct', '')} | {row['seconds']:.0f} |"
+            )
+        if (out / f"ipr-{name}.png").exists():
+            lines += ["", "Samples that were wrong first (above), and the same after IPR (below):", ""]
+            lines += [f"![samples before and after](ipr-{name}.png)"]
+        lines.append("")
+    if "sudoku9" not in found:
+        lines.append(_arithmetic())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _arithmetic() -> str:
+    how = BENCHMARKS["sudoku9"]
+    shape, steps, batch = how.shape, how.training.steps, how.training.batch
+    parameters = 12 * shape.layers * shape.width**2
+    flops = 6 * parameters * 81 * steps * batch
+    return GPU.format(
+        parameters=parameters / 1e6, width=shape.width, layers=shape.layers, steps=steps, batch=batch,
+        flops=flops / 1e17, minutes=flops / 200e12 / 60,
+    ).strip()  # fmt: skip

@@ -1,0 +1,189 @@
+"""Training of a region-wise model on a benchmark's images, resumable to the bit.
+
+The loss of a batch is the mean over all regions of
+
+    w(t) · ‖x̂ − x‖² / D  +  NLL · ½ (e / σ² + log σ²)  +  KIND · cross-entropy of the region's class
+
+with w(t) = 1 / max(t, 0.1)², which is the velocity's error for t > 0.1, and e the first error, detached: the certainty
+head learns how wrong the model is, and does not make it worse. Clean regions (t = 0) are context and cost nothing.
+Every random number comes from the seed and the step, so a resumed run draws what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jobs.devices import device
+from jobs.ipr import times
+from jobs.ipr.grid import Grid
+from jobs.ipr.model import Prediction, RegionTransformer, Shape
+from jobs.progress import bar
+from jobs.training.state import State
+from schemas.errors import WinnowError
+
+NLL = 0.01
+FLOOR = 0.1  # of t in the weight
+BETAS = (0.9, 0.99)
+
+
+class Task(Protocol):
+    """A benchmark: images that obey a rule over the whole image, and the check of that rule."""
+
+    name: str
+    grid: Grid
+    classes: int
+
+    def draw(self, n: int, rng: np.random.Generator, hand: str = "model") -> tuple[np.ndarray, np.ndarray | None]:
+        """Real images uint8 [n, H, W, C], and each region's class int64 [n, R], None where there are none."""
+        ...
+
+    def valid(self, images: np.ndarray) -> np.ndarray:
+        """Which images uint8 [N, H, W, C] obey the rule: bool [N]."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """How good the checker is, on what neither it nor the model has seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """``steps`` of ``batch`` images; AdamW at ``lr`` that rises for ``warmup`` steps and falls by a cosine to 0;
+    ``ema``: of the weights that are kept; ``kind``: weight of the class loss; ``keep``: steps between two states."""
+
+    steps: int
+    batch: int = 128
+    lr: float = 1.5e-3
+    warmup: int = 100
+    ema: float = 0.998
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    kind: float = 0.0
+    keep: int = 500
+
+
+def loss(found: Prediction, x: Tensor, t: Tensor, classes: Tensor | None, kind: float = 0.0) -> Tensor:
+    """The loss above: regions x [N, R, D], levels t [N, R], classes [N, R] or None."""
+    noisy = (t > 0).float()
+    error = (found.x - x).square().mean(2)
+    total = (noisy * error / t.clamp(min=FLOOR).square()).mean()
+    surprise = 0.5 * (error.detach() * torch.exp(-found.log_var) + found.log_var)
+    total = total + NLL * (noisy * surprise).mean()
+    if kind and classes is not None and found.logits is not None:
+        each = nn.functional.cross_entropy(found.logits.flatten(0, 1), classes.flatten(), reduction="none")
+        total = total + kind * (noisy.flatten() * each).mean()
+    return total
+
+
+def rate(step: int, how: Training) -> float:
+    """The learning rate's factor: a linear rise, then a cosine to 0."""
+    if step < how.warmup:
+        return (step + 1) / how.warmup
+    return 0.5 * (1 + float(np.cos(np.pi * (step - how.warmup) / max(1, how.steps - how.warmup))))
+
+
+def train(task: Task, shape: Shape, how: Training, seed: int, to: Path) -> RegionTransformer:
+    """Train on ``task`` and write ``to``/model.safetensors (the averaged weights, float32) and config.json.
+
+    While it lasts, the state is in ``to``.state: a run that was killed goes on from it, to the same weights.
+    """
+    torch.manual_seed(seed)
+    model = RegionTransformer(task.grid, shape).to(device())
+    parameters = list(model.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimiser = torch.optim.AdamW(parameters, lr=how.lr, betas=BETAS, weight_decay=how.weight_decay)
+    state, kept = State(parameters, average, optimiser), to.with_name(f"{to.name}.state") / "state.safetensors"
+    settings = {"task": task.name, "shape": asdict(shape), "training": asdict(how), "seed": seed}
+    _same_run(kept.with_name("settings.json"), settings)
+    begun = state.resume(kept)
+    wall, cpu = time.perf_counter(), time.process_time()
+    with bar(f"train {task.name}", how.steps) as advance:
+        advance(begun)
+        for step in range(begun, how.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = how.lr * rate(step, how)
+            value = loss(*_batch(model, task, how, seed, step), kind=how.kind)
+            optimiser.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, how.clip)
+            optimiser.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - min(how.ema, (1 + step) / (10 + step)))
+            if (step + 1) % how.keep == 0 and step + 1 < how.steps:
+                state.keep(kept, step + 1)
+            advance()
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    last = float(value.detach()) if begun < how.steps else None
+    figures = {
+        "parameters": sum(p.numel() for p in parameters), "last_loss": last, "timed_from_step": begun,
+        "seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "device": device(),
+    }  # fmt: skip
+    save(model, settings | {"figures": figures}, to)
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    return model.eval()
+
+
+def _batch(
+    model: RegionTransformer, task: Task, how: Training, seed: int, step: int
+) -> tuple[Prediction, Tensor, Tensor, Tensor | None]:
+    """The model's prediction for the step's batch, and what ``loss`` compares it with."""
+    rng = np.random.default_rng([seed, step])
+    images, classes = task.draw(how.batch, rng)
+    regions = task.grid.cut(images)
+    levels = times.draw(len(regions), task.grid.regions, rng)
+    noise = rng.standard_normal(regions.shape, np.float32)
+    x, t, e = (torch.from_numpy(array).to(device()) for array in (regions, levels, noise))
+    told = None if classes is None else torch.from_numpy(classes).to(device())
+    return model(torch.lerp(x, e, t[..., None]), t), x, t, told
+
+
+def _same_run(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on from a state that other settings have made."""
+    text = json.dumps(settings, indent=1)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    elif file.read_text() != text:
+        raise WinnowError(f"{file.parent}: a run with other settings was stopped there; remove it, or go on with those")
+
+
+def save(model: RegionTransformer, config: dict[str, Any], to: Path) -> None:
+    """Write the checkpoint folder; a run that is killed meanwhile leaves the old one."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".draft-") as name:
+        draft = Path(name) / to.name
+        draft.mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, draft / "model.safetensors")
+        whole = {"grid": asdict(model.grid), **config}
+        (draft / "config.json").write_text(json.dumps(whole, indent=1) + "\n")
+        shutil.rmtree(to, ignore_errors=True)
+        draft.rename(to)
+
+
+def load(folder: Path) -> tuple[RegionTransformer, dict[str, Any]]:
+    """A checkpoint's model, ready to sample, and its config."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = RegionTransformer(Grid(**config["grid"]), Shape(**config["shape"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise WinnowError(f"{folder}: no model of regions ({reason}); train it: python -m jobs.ipr train") from error
+    return model.to(device()).eval(), config
