@@ -96,7 +96,7 @@ def _grid(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def _shift(pipe: Any, x: Tensor) -> float:
-    """μ of schedules that shift with the image's size: linear in the number of 2×2 tokens (arXiv 2403.03206, 5.3.2)."""
+    """μ of schedules that shift with the image's size: linear in the number of 2×2 tokens."""
     config = pipe.scheduler.config
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
