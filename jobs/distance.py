@@ -9,8 +9,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from curate import distance as far
+from jobs import samples
 from jobs.embed import vectors_of
-from jobs.run import Run
+from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -41,13 +42,14 @@ def distance(run: Run, split: str = "train") -> None:
     settings = run.recipe.distance
     if settings.space is None:
         return
-    numbers, _ = vectors_of(run, settings.space, split)
-    rows = pa.table({"sample_id": numbers})
-    folders = {"round": run.round, "arm": run.arm, "split": split, "space": settings.space}
+    vectors_of(run, settings.space, split)  # all are embedded, or it says which encoder is to be run
     d0 = vectors_of(run.base(), settings.space, "reference")[0]
     spec = ["distance", settings.model_dump(mode="json"), sorted(d0.tolist())]
-    work = units("distances", folders, rows, len(rows), spec)
-    complete(run, "distance", "distances", work, lambda: _work(run, split, settings))
+    for place, rows in samples.sets(run, split):
+        rows = rows.select(["sample_id"])
+        folders = {"round": run.round, "arm": run.arm, "split": split, "space": settings.space} | place
+        work = units("distances", folders, rows, len(rows), spec)
+        complete(run, "distance", "distances", work, lambda: _work(run, split, settings))
 
 
 def _work(run: Run, split: str, settings: Distance) -> Work:
@@ -57,8 +59,8 @@ def _work(run: Run, split: str, settings: Distance) -> Work:
         if split == "reference":
             values = far.self_distance(reference, settings.kind, settings.metric, settings.k)
         else:
-            _, x = vectors_of(run, settings.space, split)
-            values = far.distance(x, reference, settings.kind, settings.metric, settings.k)
+            numbers, x = vectors_of(run, settings.space, split)
+            values = far.distance(x[np.isin(numbers, ids(rows))], reference, settings.kind, settings.metric, settings.k)
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],

@@ -31,10 +31,10 @@ def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = Non
     done = True
     for name in settings.encoders if encoders is None else encoders:
         loaded = encoder(name)
-        rows = samples.of(run, split)
-        folders = {"round": run.round, "arm": run.arm, "split": split, "encoder": name}
-        work = units("embeddings", folders, rows, settings.batch, ["embed", name, loaded.revision])
-        done &= complete(run, f"embed {name}", "embeddings", work, partial(_work, run, name, loaded))
+        for place, rows in samples.sets(run, split):
+            folders = {"round": run.round, "arm": run.arm, "split": split, "encoder": name} | place
+            work = units("embeddings", folders, rows, settings.batch, ["embed", name, loaded.revision])
+            done &= complete(run, f"embed {name}", "embeddings", work, partial(_work, run, name, loaded))
     return done
 
 
@@ -69,6 +69,12 @@ def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarr
         raise WinnowError(
             f"embeddings: round {run.round} of arm {run.arm!r} has no {split} vectors of {encoder!r}; add it to "
             "embed.encoders and run 'winnow embed'"
+        )
+    expected = samples.of(run, split).num_rows
+    if len(numbers) != expected:
+        raise WinnowError(
+            f"embeddings: {len(numbers)} of {expected} {split} samples of round {run.round} are embedded by "
+            f"{encoder!r}; run 'winnow embed' first"
         )
     # Sorting rows with their vectors would need them all in memory twice: each goes to its place as it comes.
     place = {number: i for i, number in enumerate(numbers.tolist())}

@@ -22,6 +22,7 @@ def explain(store: Path, sample: int) -> str:
         + (f", attempt {row['attempt'] + 1}" if row["attempt"] else "")
         + (f", refined from {row['parent_id']} by {row['refiner']}" if row["parent_id"] else ""),
     ]
+    lines += _refinement(run, sample)
     for score in run.query(
         "WITH mates AS (SELECT scorer, value, sample_id, count(*) OVER (PARTITION BY scorer) AS n, "
         "rank() OVER (PARTITION BY scorer ORDER BY value DESC) AS place FROM scores JOIN samples USING (sample_id) "
@@ -46,6 +47,25 @@ def explain(store: Path, sample: int) -> str:
         lines.append(f"trained on in {shard['path'].rsplit('/', 1)[0]}")
         break
     return "\n".join(lines)
+
+
+def _refinement(run: Run, sample: int) -> list[str]:
+    """How it was refined from its parent, and whether that was accepted; and how many children it has itself."""
+    lines = []
+    for note in run.query("SELECT * FROM refinements WHERE sample_id = $id", id=sample).to_pylist():
+        change = ""
+        if note["score_after"] is not None:
+            change = f"; {note['scorer']}: {note['score_before']:.4f} → {note['score_after']:.4f}"
+        lines.append(
+            f"refinement, loop {note['loop']}: {note['mask']}, level {note['level']:.3f}, {note['evaluations']} "
+            f"network evaluations{change}; {'accepted' if note['accepted'] else 'not accepted'}"
+        )
+    for children in run.query(
+        "SELECT count(*) AS n, count_if(accepted) AS taken, string_agg(sample_id, ', ' ORDER BY loop) AS names "
+        "FROM refinements WHERE parent_id = $id HAVING n > 0", id=sample,
+    ).to_pylist():  # fmt: skip
+        lines.append(f"refined into {children['names']}: {children['taken']} of {children['n']} accepted")
+    return lines
 
 
 def _neighbours(run: Run, sample: int, row: dict[str, object]) -> list[str]:

@@ -30,7 +30,8 @@ class Family:
     """``denoiser``: the pipeline's attribute that is trained; ``lora``: its layers that LoRA adapts; ``patch``: a side
     of latents must be a multiple of it; ``guided``: whether guidance takes a second, unconditional pass (FLUX is told
     its guidance instead); ``unpack``: what the pipeline's call gives as latents → [N, C, h, w], given its
-    ``height`` and ``width``, pixels or null."""
+    ``height`` and ``width``, pixels or null; ``timing``: what its scheduler's ``set_timesteps`` is told for a number of
+    steps over latents [N, C, h, w]."""
 
     denoiser: str
     encode: Callable[[Any, list[str]], Condition]
@@ -40,6 +41,7 @@ class Family:
     patch: int = 1
     guided: bool = True
     unpack: Callable[[Any, Tensor, int | None, int | None], Tensor] = lambda pipe, made, height, width: made
+    timing: Callable[[Any, int, Tensor], dict[str, Any]] = lambda pipe, steps, x: {"num_inference_steps": steps}
 
     def model(self, pipe: Any) -> Any:
         """The network that predicts."""
@@ -93,6 +95,26 @@ def _grid(tokens: Tensor, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, numbers // 4, height, width)
 
 
+def _shift(pipe: Any, x: Tensor) -> float:
+    """μ of schedules that shift with the image's size: linear in the number of 2×2 tokens."""
+    config = pipe.scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    tokens = (x.shape[2] // 2) * (x.shape[3] // 2)
+    return low + (high - low) * (tokens - few) / (many - few)
+
+
+def _timing_sd3(pipe: Any, steps: int, x: Tensor) -> dict[str, Any]:
+    shifts = pipe.scheduler.config.get("use_dynamic_shifting")
+    return {"num_inference_steps": steps} | ({"mu": _shift(pipe, x)} if shifts else {})
+
+
+def _timing_flux(pipe: Any, steps: int, x: Tensor) -> dict[str, Any]:
+    if pipe.scheduler.config.get("use_flow_sigmas"):
+        return {"num_inference_steps": steps, "mu": _shift(pipe, x)}
+    return {"sigmas": torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist(), "mu": _shift(pipe, x)}
+
+
 def _predict_flux(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
     n, channels, height, width = noisy.shape
     embeds, device = condition["prompt_embeds"], noisy.device
@@ -100,10 +122,11 @@ def _predict_flux(pipe: Any, noisy: Tensor, t: Tensor, condition: Condition) -> 
     tokens = noisy.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], dim=2).view(-1, 3)
+    guidance = condition.get("guidance", torch.ones(n, device=device))  # training has none to tell
     made = pipe.transformer(
         tokens.reshape(n, -1, 4 * channels), embeds, condition["pooled_prompt_embeds"], t / 1000,
         img_ids=places.to(device, embeds.dtype), txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-        guidance=torch.ones(n, device=device) if pipe.transformer.config.guidance_embeds else None,
+        guidance=guidance if pipe.transformer.config.guidance_embeds else None,
     ).sample  # fmt: skip
     return _grid(made, height, width)
 
@@ -129,8 +152,12 @@ def _nothing_flux(pipe: Any) -> Condition:
 FAMILIES = {
     "StableDiffusionPipeline": Family("unet", _encode_sd, _nothing_sd, _predict_sd, ATTENTION),
     "StableDiffusionXLPipeline": Family("unet", _encode_pooled, _nothing_pooled, _predict_sdxl, ATTENTION),
-    "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT, 2),
-    "FluxPipeline": Family("transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, 2, False, _unpack_flux),
+    "StableDiffusion3Pipeline": Family(
+        "transformer", _encode_sd3, _nothing_sd3, _predict_sd3, JOINT, 2, timing=_timing_sd3
+    ),
+    "FluxPipeline": Family(
+        "transformer", _encode_flux, _nothing_flux, _predict_flux, JOINT, 2, False, _unpack_flux, _timing_flux
+    ),
 }
 
 

@@ -249,10 +249,15 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     return complete(run, f"generate {split}", "samples", work, lambda: _work(run, split, model, revision, rows))
 
 
+def column(model: str, revision: str) -> str:
+    """A model as the rows that it made name it: its Hub id or the name of its folder, and its revision."""
+    return f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
+
+
 def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) -> Work:
     settings = sampling(run)
     draw = sampler(model, settings, planned["prompt"].to_pylist())
-    name = f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
+    name = column(model, revision)
 
     def files(rows: list[dict[str, Any]], latents: Tensor) -> pa.Table:
         done = []

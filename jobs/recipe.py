@@ -16,6 +16,7 @@ from jobs.export import Export
 from jobs.generate import Generate
 from jobs.guard import Guard
 from jobs.prompts import Prompts
+from jobs.refine import Refine
 from jobs.score import Score
 from jobs.select import Select, selecting
 from jobs.train import Train
@@ -39,6 +40,7 @@ class Recipe(Settings):
     reference: Reference = Reference()
     embed: Embed = Embed()
     score: Score = Score()
+    refine: Refine = Refine()
     distance: Distance = Distance()
     select: Select = Select()
     weigh: Weigh = Weigh()

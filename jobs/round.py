@@ -3,6 +3,7 @@
     G_0 is the base model, D_0 its own samples.
     For r = 1, 2, …
         D_r  = samples of G_{r-1} on the prompts                        generate
+        (and those that a condition names, made anew in part)           refine
         S_r  = the preferred ones                                       embed, score, select
         w(s) = 1 where s is near to D_0, less the farther it is         distance, weigh
         G_r  = G_{r-1} trained on S_r with weights w                    export, train
@@ -28,6 +29,7 @@ from jobs.generate import generate
 from jobs.guard import guard
 from jobs.progress import say
 from jobs.prompts import prompts
+from jobs.refine import refine
 from jobs.run import Run
 from jobs.score import score
 from jobs.select import select
@@ -54,6 +56,10 @@ def play(run: Run) -> Verdict:
     generate(run)
     embed(run)
     score(run)
+    if run.recipe.refine.where is not None:
+        refine(run)
+        embed(run)
+        score(run)
     distance(run)
     select(run)
     weigh(run)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.run import Run
 from schemas.errors import WinnowError
 
+#: The folder of parts over samples that were refined from others.
+CHILDREN = {"from": "refine"}
+
 
 def of(run: Run, split: str) -> pa.Table:
-    """sample_id, prompt_id, prompt, seed of the run's samples in a fixed order; WinnowError where there are none."""
+    """sample_id, prompt_id, prompt, seed, parent_id of the run's samples in a fixed order; WinnowError where there are
+    none."""
     found = run.query(
-        "SELECT sample_id, prompt_id, prompt, seed FROM samples WHERE round = $round AND arm = $arm AND split = $split "
-        "ORDER BY prompt_id, sample_id",
+        "SELECT sample_id, prompt_id, prompt, seed, parent_id FROM samples WHERE round = $round AND arm = $arm "
+        "AND split = $split ORDER BY prompt_id, sample_id",
         round=run.round, arm=run.arm, split=split,
     )  # fmt: skip
     if not found.num_rows:
@@ -20,6 +25,16 @@ def of(run: Run, split: str) -> pa.Table:
             f"samples: round {run.round} of arm {run.arm!r} has no {split} samples; run 'winnow generate' first"
         )
     return found
+
+
+def sets(run: Run, split: str) -> list[tuple[dict[str, str], pa.Table]]:
+    """The rows of ``of`` in the sets that became samples one after the other, those that were sampled and their refined
+    children, each with the folders that its parts have beyond the usual: what was made of the first set stays as it is
+    when the second comes."""
+    rows = of(run, split)
+    child = rows["parent_id"].is_valid()
+    both = [({}, rows.filter(pc.invert(child))), (CHILDREN, rows.filter(child))]
+    return [(folders, some) for folders, some in both if some.num_rows]
 
 
 def with_images(run: Run, rows: pa.Table) -> pa.Table:

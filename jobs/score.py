@@ -31,10 +31,10 @@ def score(run: Run, split: str = "train", scorers: tuple[str, ...] | None = None
     done = True
     for name in settings.scorers if scorers is None else scorers:
         loaded = scorer(name)
-        rows = samples.of(run, split)
-        folders = {"round": run.round, "arm": run.arm, "split": split, "scorer": name}
-        work = units("scores", folders, rows, settings.batch, ["score", name, loaded.revision])
-        done &= complete(run, f"score {name}", "scores", work, partial(_work, run, name, loaded))
+        for place, rows in samples.sets(run, split):
+            folders = {"round": run.round, "arm": run.arm, "split": split, "scorer": name} | place
+            work = units("scores", folders, rows, settings.batch, ["score", name, loaded.revision])
+            done &= complete(run, f"score {name}", "scores", work, partial(_work, run, name, loaded))
     return done
 
 

@@ -13,6 +13,7 @@ from curate import select as choose
 from curate.fuse import FUSIONS
 from jobs import samples
 from jobs.embed import vectors_of
+from jobs.refine import not_accepted
 from jobs.run import Run, ids
 from jobs.score import scores_of
 from jobs.stage import Work, complete, units
@@ -125,7 +126,8 @@ def fuse(settings: Select, columns: list[np.ndarray], groups: np.ndarray) -> np.
 def decide(
     run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table, picks: np.ndarray | None = None
 ) -> choose.Decision:
-    """What people picked, then floors, then near duplicates, then the policy: each over what the one before left."""
+    """What people picked, or else what no refinement refused; then floors, near duplicates and the policy: each over
+    what the one before left."""
     numbers, groups = ids(rows), rows["prompt_id"].to_numpy()
     scores = scores_of(run, "train", tuple(dict.fromkeys([*used, *settings.floors])))
     fused = np.zeros(len(numbers))
@@ -145,6 +147,10 @@ def decide(
                 f"{len(strangers) - 1} others; remove them"
             )
         before = choose.picks(numbers, picks)
+    elif len(refused := not_accepted(run)):
+        out = np.isin(numbers, refused)
+        reason = np.where(out, "refinement not accepted", "").astype(object)
+        before = choose.Decision(~out, before.rank, reason)
     if settings.floors:
         left = before.kept
         named = {name: scores[name][left] for name in settings.floors}

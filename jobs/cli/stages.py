@@ -74,6 +74,29 @@ def score(
 
 
 @app.command()
+def refine(
+    recipe: RecipeName = RECIPE, store: StorePath = STORE, arm: Arm = "curated", round: Round = None,
+    where: Annotated[str | None, typer.Option(help="Which candidates: an SQL condition (refine.where).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many samples at most.")] = None,
+    shard: Shard = 0, of: Shards = 1, set: Set = None,
+) -> None:  # fmt: skip
+    """Noise chosen samples again and denoise them, whole or in part; each attempt is a new sample with its parent."""
+    from jobs.refine import refine as stage
+
+    sets = [*(set or []), *(f"refine.{key}={json.dumps(value)}" for key, value in (("where", where), ("limit", limit))
+                            if value is not None)]  # fmt: skip
+    run = open_run(recipe, store, arm, round, sets, shard, of)
+    stage(run)
+    for row in run.query(
+        "SELECT accepted, count(*) AS n, sum(evaluations) AS passes FROM refinements JOIN samples USING (sample_id) "
+        "WHERE samples.round = $round AND arm = $arm GROUP BY accepted ORDER BY accepted DESC",
+        round=run.round, arm=run.arm,
+    ).to_pylist():  # fmt: skip
+        what = "accepted" if row["accepted"] else "not accepted"
+        print(f"{row['n']:>7} refined images {what}, {row['passes']} network evaluations")
+
+
+@app.command()
 def distance(
     recipe: RecipeName = RECIPE, store: StorePath = STORE, arm: Arm = "curated", round: Round = None, set: Set = None
 ) -> None:
