@@ -180,6 +180,16 @@ def train(run: Run) -> None:
     group.wait_for_everyone()
 
 
+def _save(pipe: Any, folder: Path) -> None:
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and hasattr(part, "backend_tokenizer"):
+            # A call leaves its padding there, and a cache that knows every text calls nothing: the same model has to
+            # be the same files.
+            part.backend_tokenizer.no_padding()
+            part.backend_tokenizer.no_truncation()
+    pipe.save_pretrained(folder)
+
+
 def _clear(progress: Path) -> None:
     """Remove the state of a training that is done, and what a killed process left of it."""
     from jobs.training.state import draft_of
@@ -209,7 +219,7 @@ def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
             raise WinnowError(f"train.method 'full' cannot go on from the LoRA {adapter}; set train.method to 'lora'")
         # In float32 whatever it samples in: the small steps of training are lost in bfloat16.
         pipe = models.load(run.start_model(), torch.float32)
-        return pipe, pipe.save_pretrained
+        return pipe, partial(_save, pipe)
     if adapter and settings.neon:
         raise WinnowError("train.neon cannot turn round a LoRA that goes on from another; set it to null")
     own = getattr(torch, settings.precision) if settings.precision else devices.dtype()

@@ -113,6 +113,18 @@ def test_what_is_seen_of_training(run: Run) -> None:
     assert not list((run.store / "checkpoints").glob("*"))
 
 
+def test_a_model_is_the_same_files_whether_its_texts_were_cached_or_not(run: Run) -> None:
+    once = changed(run, clip=0.7)
+    shutil.rmtree(run.store / "cache", ignore_errors=True)
+    found = []
+    for _ in range(2):
+        train(once)
+        folder = Path(trained_model(once))
+        found.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+        shutil.rmtree(folder)
+    assert len(found[0]) > 8 and found[0] == found[1]
+
+
 def test_a_later_round_encodes_only_what_is_new(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Round 2 accumulates: 6 rows of round 1 that are cached, and 6 of its own."""
     from jobs.training import cache
