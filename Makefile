@@ -10,7 +10,7 @@ WINNOW := $(VENV)/bin/winnow
 IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
-STAGES := prompts generate embed score distance select weigh export train evaluate guard round
+STAGES := prompts generate embed score refine distance select weigh export train evaluate guard round
 .PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench \
   benchmark-ipr lint lock clean
 
@@ -38,6 +38,8 @@ embed: $(READY) ## embed the samples
 	$(WINNOW) embed $(IN)
 score: $(READY) ## score the samples
 	$(WINNOW) score $(IN)
+refine: $(READY) ## make chosen candidates anew, whole or in part (ARGS="--where 'width > 0'")
+	$(WINNOW) refine $(IN)
 distance: $(READY) ## measure how far the samples lie from D_0
 	$(WINNOW) distance $(IN)
 select: $(READY) ## keep the preferred samples, with a reason for every other

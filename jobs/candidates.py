@@ -33,7 +33,8 @@ class Candidates:
     score: np.ndarray | None
 
     def gallery(self) -> list[tuple[str, list[dict[str, Any]]]]:
-        """Shelves of tiles: best, median and worst by the selection score, and rejects with their reasons."""
+        """Shelves of tiles: best, median and worst by the selection score, rejects with their reasons, and refined
+        images beside what they were refined from."""
         kept = self.rows["kept"].to_numpy(zero_copy_only=False)
         if self.score is None:
             first = np.flatnonzero(kept)[:TILES]
@@ -49,7 +50,18 @@ class Candidates:
         first_of_each = list(reasons.values())
         more = [int(i) for i in rejected[: 2 * TILES] if int(i) not in first_of_each]
         shelves.append(("rejected", np.asarray([*first_of_each, *more][:TILES], int)))
+        shelves.append(("refined", self._refined()))
         return [(name, [self.tile(int(i)) for i in places]) for name, places in shelves if len(places)]
+
+    def _refined(self) -> np.ndarray:
+        """Pairs of rows, before and after, those with the largest gain of the refinement's scorer first."""
+        parents = {number: i for i, number in enumerate(self.rows["sample_id"].to_pylist())}
+        pairs = [
+            (-(row["score_after"] or 0) + (row["score_before"] or 0), parents[row["parent_id"]], i)
+            for i, row in enumerate(self.rows.select(["parent_id", "score_before", "score_after"]).to_pylist())
+            if row["parent_id"] in parents
+        ]
+        return np.asarray([i for _, *pair in sorted(pairs)[: TILES // 2] for i in pair], int)
 
     def tile(self, i: int) -> dict[str, Any]:
         return self.rows.slice(i, 1).to_pylist()[0] | {"score": None if self.score is None else float(self.score[i])}
@@ -58,10 +70,11 @@ class Candidates:
 def candidates(source: Source, recipe: Recipe | None, arm: str, number: int) -> Candidates:
     """The candidates of one round of an arm."""
     rows = source.table(
-        "SELECT sample_id, prompt_id, prompt, kept, rank, weight, selections.reason, measured.value AS distance "
-        "FROM selections JOIN samples USING (sample_id) LEFT JOIN (SELECT sample_id, value FROM distances "
-        "WHERE space = $space AND metric = $metric) AS measured USING (sample_id) "
-        "WHERE selection = $arm AND selections.round = $round ORDER BY sample_id",
+        "SELECT sample_id, prompt_id, prompt, kept, rank, weight, selections.reason, measured.value AS distance, "
+        "samples.parent_id, mask, level, loop, scorer, score_before, score_after, accepted "
+        "FROM selections JOIN samples USING (sample_id) LEFT JOIN refinements USING (sample_id) "
+        "LEFT JOIN (SELECT sample_id, value FROM distances WHERE space = $space AND metric = $metric) AS measured "
+        "USING (sample_id) WHERE selection = $arm AND selections.round = $round ORDER BY sample_id",
         arm=arm, round=number, space=recipe.distance.space if recipe else None,
         metric=recipe.distance.name if recipe else None,
     )  # fmt: skip

@@ -154,6 +154,41 @@ def read(store: Path) -> tuple[str, dict[str, Any]]:
     return html, json.loads((store / "summary.json").read_text(encoding="utf-8"))
 
 
+def test_refined_images_stand_beside_their_parents(tmp_path: Path) -> None:
+    """The largest gains first, with what was done; the sheet of a store without children has no such shelf."""
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.measure("curated", 0)
+    parents = builder.samples("curated", 1, "train", TRAIN, 4)
+    children = [sample_id(["child", number]) for number in parents[:5]]
+    made, notes = [], []
+    for k, (number, parent) in enumerate(zip(children, parents, strict=False)):
+        made.append({
+            "sample_id": number, "round": 1, "arm": "curated", "split": "train", "prompt_id": 3, "prompt": TRAIN[3],
+            "seed": k, "model": "embedded@1", "width": 8, "height": 8, "attempt": 0, "parent_id": parent,
+            "refiner": f"{EVIL} t=400 loop 1", "image": picture(number, 8),
+        })  # fmt: skip
+        notes.append({
+            "sample_id": number, "parent_id": parent, "round": 1, "mask": f"cells 4×4: {k}", "level": 0.4, "loop": 1,
+            "evaluations": 5, "scorer": "scene-clip", "score_before": 0.25, "accepted": k != 1,
+            "score_after": [0.5, 0.2, 0.75, 0.3, 0.6][k],
+        })  # fmt: skip
+    builder.put("samples", "curated", 1, "children", made)
+    builder.put("refinements", "curated", 1, "notes", notes)
+    builder.scores("curated", 1, "scene-clip", {number: i / 100 for i, number in enumerate([*parents, *children])})
+    chosen = [{"selection": "curated", "round": 1, "sample_id": number, "kept": i % 2 == 0, "rank": 1, "reason": "r"}
+              for i, number in enumerate([*parents, *children])]  # fmt: skip
+    builder.put("selections", "curated", 1, "s", chosen)
+    report(builder.root)
+    html, _ = read(builder.root)
+    check_closed(html)
+    shelf = html.split("Before and after refinement", 1)[1].split("</details>")[0]
+    shown = [int(number) for number in re.findall(r"· sample (\d+)", shelf)]
+    assert shown == [number for k in (2, 4, 0) for number in (parents[k], children[k])]
+    assert "after: cells 4×4: 2, level 0.40, loop 1, scene-clip 0.250 → 0.750, accepted" in shelf
+    assert shelf.count("after: ") == 3
+
+
 def story(summary: dict[str, Any]) -> str:
     return "\n".join(summary["story"]).replace("\N{NO-BREAK SPACE}", " ")
 
@@ -199,6 +234,10 @@ def test_summary_equals_sql(whole: Path) -> None:
     assert summary["seconds"] == 120.0
     assert summary["snapshot"] == len(list((whole / "snapshots").iterdir()))
     assert summary["recipe"] == "embedded"
+
+
+def test_without_children_there_is_no_shelf_of_them(whole: Path) -> None:
+    assert "Before and after" not in read(whole)[0]
 
 
 def test_each_arm_ends_as_its_own_recipe_says(whole: Path) -> None:

@@ -27,7 +27,8 @@ def sql(
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     snapshot: Annotated[int | None, typer.Option(help="Read the store as it was at this snapshot.")] = None,
 ) -> None:
-    """Ask the store: prompts, samples, scores, embeddings, distances, selections, evaluations, rounds, curated."""
+    """Ask the store: prompts, samples, refinements, scores, embeddings, distances, selections, evaluations, rounds,
+    curated."""
     from jobs.show import show
     from storage.query import user_query
 
