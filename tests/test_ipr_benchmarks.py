@@ -154,6 +154,27 @@ def test_real_boards_are_judged_by_their_digits(hand: dict[str, Digits]) -> None
     assert task.figures()["digit_accuracy"] > 0.98 and task.figures()["digits"] > 100
 
 
+def test_details_count_boards_and_cells_that_are_no_digits(hand: dict[str, Digits]) -> None:
+    task = Sudoku(2, hand)
+    images, classes = task.draw(200, np.random.default_rng(6), "test")
+    right = task.valid(images)
+    found = task.details(images, right)
+    assert found["distinct"] == len({row.tobytes() for row in classes[right]}) < 200
+    assert 0 < found["unlike"] < 0.03  # 1 % of the digits that it is drawn from
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    assert task.details(noise, task.valid(noise)) == {"distinct": 0, "unlike": 1.0}
+    blend = (images // 2 + images[::-1] // 2).astype(np.uint8)  # two digits through each other
+    assert task.details(blend, task.valid(blend))["unlike"] > 0.05
+
+
+def test_the_distance_is_that_of_the_nearest(hand: dict[str, Digits]) -> None:
+    reader, some = Reader(hand["classifier"], (1, 2)), hand["test"].ink[:20]
+    known = hand["classifier"].ink[np.isin(hand["classifier"].labels, (1, 2))]
+    expected = [min(np.linalg.norm((a / 255.0 - b / 255.0).ravel()) for b in known) for a in some]
+    np.testing.assert_allclose(reader.distance(some), expected, atol=1e-6)
+    np.testing.assert_allclose(reader.distance(known[:5]), 0, atol=1e-6)
+
+
 # Even pixels.
 
 

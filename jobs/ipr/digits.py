@@ -50,7 +50,7 @@ def slices(images: np.ndarray, labels: np.ndarray, size: int, seed: int) -> dict
 
 class Reader:
     """Tells which of the digits ``known`` an image shows: a support vector machine, since small networks that accept
-    98 % of single digits refuse a third of real boards. It has no answer for what is no digit."""
+    98 % of single digits refuse a third of real boards. It has no answer for what is no digit: ``distance`` has."""
 
     def __init__(self, digits: Digits, known: tuple[int, ...], seed: int = 0) -> None:
         from sklearn.svm import SVC
@@ -58,6 +58,7 @@ class Reader:
         rng = np.random.default_rng([seed, 1])
         rows = np.concatenate([rng.permutation(np.flatnonzero(digits.labels == digit))[:MOST] for digit in known])
         ink = np.concatenate([np.roll(digits.ink[rows], shift, (1, 2)) for shift in SHIFTS])
+        self.seen = _features(digits.ink[rows])
         self.model = SVC(C=10.0, gamma="scale").fit(_features(ink), np.tile(digits.labels[rows], len(SHIFTS)))
 
     def __call__(self, ink: np.ndarray) -> np.ndarray:
@@ -65,6 +66,13 @@ class Reader:
         flat = ink.reshape(-1, *ink.shape[-2:])
         found = self.model.predict(_features(flat)) if len(flat) else np.zeros(0, np.int64)
         return found.reshape(ink.shape[:-2])
+
+    def distance(self, ink: np.ndarray) -> np.ndarray:
+        """How far images uint8 [..., size, size] lie from the nearest digit that it learned from: Euclidean, of pixels
+        in [0, 1], [...]."""
+        flat = _features(ink.reshape(-1, *ink.shape[-2:]))
+        squared = (flat**2).sum(1)[:, None] + (self.seen**2).sum(1) - 2 * flat @ self.seen.T
+        return np.sqrt(np.maximum(squared.min(1), 0)).reshape(ink.shape[:-2])
 
 
 def _features(ink: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ HEAD = """# Iterative partial refinement
 Made by `make benchmark-ipr`. Valid: share of the samples that obey the benchmark's rule, ± its standard error, with its
 95 % Wilson interval; evaluations: of the model, for one sample; seconds: for all samples, on the machine named. Every
 refinement begins with the same samples, those of "sequential". The ceiling is the share of real images that the checker
-accepts; retention, how many of these are still valid after one iteration.
+accepts; retention, how many of these are still valid after one iteration. Distinct: different boards among the valid
+ones. Unlike: share of the cells that lie further from every digit of the classifier's than 99 % of real ones do.
 
 | method | what it does |
 |---|---|
@@ -92,6 +93,10 @@ def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}"
 
 
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
 def page(found: dict[str, Any], out: Path) -> str:
     """All benchmarks as Markdown."""
     lines = [HEAD]
@@ -103,8 +108,8 @@ def page(found: dict[str, Any], out: Path) -> str:
         lines += [
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
-            f"{model['cpu_seconds'] / 60:.1f} CPU-minutes ({model['seconds'] / 60:.1f} by the clock, "
-            f"{model['threads']} threads), on {one['handwriting']}.",
+            f"{model['cpu_seconds'] / 60:.1f} CPU-minutes "
+            f"({model['threads']} threads), on {one['handwriting']}.",
             f"- Checker on what nobody has seen: {checker or 'exact'}. "
             f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
             "- Retention: " + "; ".join(
@@ -113,14 +118,15 @@ def page(found: dict[str, Any], out: Path) -> str:
             f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
             f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
             "",
-            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | unlike "
+            "| s |",
+            "|" + "---|" * 10,
         ]  # fmt: skip
         for row in one["rows"]:
             lines.append(
                 f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('iterations', '')} | "
                 f"{row['evaluations']} | {_share(row)} | {100 * row['low']:.1f} – {100 * row['high']:.1f} | "
-                f"{row.get('distinct', '')} | {row['seconds']:.0f} |"
+                f"{row.get('distinct', '')} | {_percent(row.get('unlike'))} | {row['seconds']:.0f} |"
             )
         if (out / f"ipr-{name}.png").exists():
             lines += ["", "Samples that were wrong first (above), and the same after IPR (below):", ""]

@@ -56,5 +56,8 @@ class EvenPixels:
         """bool [N]."""
         return valid(images)
 
+    def details(self, images: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+        return {}
+
     def figures(self) -> dict[str, float]:
         return {}

@@ -15,6 +15,7 @@ from jobs.ipr.grid import Grid
 
 POOL = 1000  # boards of order 3 that are solved for; each drawn one is one of them, in a random other dress
 CELL = 8  # pixels a side
+STRANGE = 0.99  # quantile of real digits' distance to the classifier's; what lies further is unlike a digit
 
 
 def solutions(order: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -104,19 +105,37 @@ class Sudoku:
         cells = self.hand[hand].draw(boards, rng)
         return cells.swapaxes(2, 3).reshape(n, *self.grid.shape), boards.reshape(n, -1) - 1
 
+    def cells(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [N, H, W, 1] → uint8 [N, k², k², CELL, CELL]."""
+        return images.reshape(len(images), self.classes, CELL, self.classes, CELL).swapaxes(2, 3)
+
     def read(self, images: np.ndarray) -> np.ndarray:
         """The boards that the classifier sees in images uint8 [N, H, W, 1]: int64 [N, k², k²]."""
-        side = self.classes
-        cells = images.reshape(len(images), side, CELL, side, CELL).swapaxes(2, 3)
-        return self.reader(cells)
+        return self.reader(self.cells(images))
+
+    @cached_property
+    def limit(self) -> float:
+        """The distance beyond which a cell is unlike a digit."""
+        return float(np.quantile(self.reader.distance(self.known().ink), STRANGE))
+
+    def known(self) -> Digits:
+        """The digits of a board among those that nobody has seen."""
+        test = self.hand["test"]
+        rows = np.flatnonzero((test.labels >= 1) & (test.labels <= self.classes))
+        return Digits(test.ink[rows], test.labels[rows])
 
     def valid(self, images: np.ndarray) -> np.ndarray:
         """bool [N]."""
         return valid(self.read(images))
 
+    def details(self, images: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+        """How many different boards are among the valid ones, and the share of all cells that are unlike a digit, which
+        is 1 - STRANGE of real ones."""
+        boards = self.read(images[valid])
+        unlike = self.reader.distance(self.cells(images)) > self.limit
+        return {"distinct": len(np.unique(boards, axis=0)), "unlike": float(unlike.mean())}
+
     def figures(self) -> dict[str, float]:
         """How well the classifier reads single digits that neither it nor the model has seen."""
-        test = self.hand["test"]
-        known = np.flatnonzero((test.labels >= 1) & (test.labels <= self.classes))
-        right = self.reader(test.ink[known]) == test.labels[known]
-        return {"digit_accuracy": float(right.mean()), "digits": len(known)}
+        known = self.known()
+        return {"digit_accuracy": float((self.reader(known.ink) == known.labels).mean()), "digits": len(known.labels)}

@@ -54,6 +54,10 @@ class Task(Protocol):
         """Which images uint8 [N, H, W, C] obey the rule: bool [N]."""
         ...
 
+    def details(self, images: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+        """What else there is to say of images [N, H, W, C] of which these are ``valid``."""
+        ...
+
     def figures(self) -> dict[str, float]:
         """How good the checker is, on what neither it nor the model has seen."""
         ...
