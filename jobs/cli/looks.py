@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,12 +59,49 @@ def _text(file: Path | None) -> str:
 
 
 @app.command()
-def explain(sample: Annotated[int, typer.Argument(help="A sample_id.")], store: StorePath = STORE) -> None:
+def explain(
+    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    store: StorePath = STORE,
+    format: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
     """Tell why a sample was kept or dropped."""
     from jobs.explain import explain as tell
+    from jobs.explain import words
     from storage.layout import check
 
-    print(tell(check(store), sample))
+    if format not in ("text", "json"):
+        raise WinnowError(f"--format {format!r}: unknown; allowed are text and json")
+    story = tell(check(store), sample)
+    print(words(story) if format == "text" else json.dumps(story, ensure_ascii=False, indent=1))
+
+
+Space = Annotated[str | None, typer.Option("--space", help="The encoder to compare in; by default the only one.")]
+Count = Annotated[int, typer.Option("-k", min=1, help="How many.")]
+Format = Annotated[str, typer.Option(help="table, json, csv or parquet.")]
+
+
+@app.command()
+def similar(
+    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    store: StorePath = STORE, space: Space = None, k: Count = 10, format: Format = "table",
+) -> None:  # fmt: skip
+    """Find the samples that are most like one."""
+    from jobs.show import show
+    from jobs.similar import similar as find
+
+    show(find(store, sample, space, k), format)
+
+
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(help='Such as "a red seven".')],
+    store: StorePath = STORE, space: Space = None, k: Count = 10, format: Format = "table",
+) -> None:  # fmt: skip
+    """Find the samples that are most like a text, in a space of images and texts."""
+    from jobs.show import show
+    from jobs.similar import search as find
+
+    show(find(store, text, space, k), format)
 
 
 @app.command()
