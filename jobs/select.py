@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from curate import select as choose
 from curate.fuse import FUSIONS
-from jobs import samples
+from jobs import samples, votes
 from jobs.embed import vectors_of
 from jobs.refine import not_accepted
 from jobs.run import Run, ids
@@ -29,9 +29,9 @@ class Select(Settings):
     """``keep``: samples of each prompt; ``budget``: samples in all (null: no limit). ``fuse`` joins several
     ``scorers`` (null: those of ``score``), each compared ``within`` its prompt or over all candidates.
     ``floors``: least value by scorer. ``dedup``: the
-    cosine similarity in ``space`` from which two samples count as one. ``picks``: a file of the sample ids that people
-    chose, one a line; "{round}" and "{arm}" in its name stand for those. They are kept, but for floors and duplicates,
-    and the policy is not asked."""
+    cosine similarity in ``space`` from which two samples count as one. ``picks``: "votes", for what
+    people chose in ``winnow label``, or a file of sample ids, one a line, with "{round}" and "{arm}" in its name for
+    those. What was picked is kept, but for floors and duplicates, and the policy is not asked."""
 
     policy: Literal["best_of_n", "top_k", "quantile_band", "diverse", "random"] = "best_of_n"
     scorers: tuple[str, ...] | None = None
@@ -83,7 +83,10 @@ def selecting(recipe: Recipe) -> tuple[str, ...]:
 
 
 def picked(run: Run, name: str) -> np.ndarray:
-    """The sample ids of a file of picks, int64; WinnowError where there are none, or a line is none."""
+    """The sample ids that people picked, in votes or in a file, int64; WinnowError where there are none, or a line of
+    the file is none."""
+    if name == "votes":
+        return votes.picked(run)
     path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
