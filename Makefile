@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench \
+.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay label publish verify base study bench \
   benchmark-ipr lint lock clean
 
 help: ## list the targets
@@ -71,6 +71,10 @@ explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain --store $(STORE) $(ARGS) $(ID)
 replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)
 	$(WINNOW) replay --store $(STORE) $(ARGS) $(ID)
+label: $(READY) ## vote on a local page: pick candidates (ARGS=pairs: compare models)
+	$(WINNOW) label --store $(STORE) $(ARGS)
+publish: $(READY) ## publish a selection to the Hub (REPO=user/name; ARGS="--what store", model; --dry-run FOLDER)
+	$(WINNOW) publish --to '$(REPO)' --store $(STORE) $(if $(filter file,$(origin RECIPE)),,--recipe $(RECIPE)) $(ARGS)
 verify: $(READY) ## check every sealed part against its SHA-256 and schema
 	$(WINNOW) verify --store $(STORE) $(ARGS)
 
