@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay label publish verify base study bench \
+.PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain diff replay label publish verify base study bench \
   benchmark-ipr lint lock clean
 
 help: ## list the targets
@@ -59,6 +59,8 @@ round: $(READY) ## play one whole round
 loop: $(READY) ## play rounds until the guard ends them (ROUNDS=8)
 	$(WINNOW) loop $(IN) $(if $(ROUNDS),--rounds $(ROUNDS))
 
+doctor: $(READY) ## say what of a recipe cannot run here, and the cure (RECIPE=sdxl-lora)
+	$(WINNOW) doctor $(IN)
 plan: $(READY) ## say what a run will take: images, disk and GPU-hours (RECIPE=sdxl-lora)
 	$(WINNOW) plan --recipe $(RECIPE) $(ARGS)
 
@@ -69,6 +71,8 @@ sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
 	$(WINNOW) sql --store $(STORE) $(ARGS) '$(subst ','\'',$(if $(Q),$(Q),$(ASK)))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain --store $(STORE) $(ARGS) $(ID)
+diff: $(READY) ## tell what changed from one round to another (ROUNDS="1 2")
+	$(WINNOW) diff --store $(STORE) $(ARGS) $(ROUNDS)
 replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)
 	$(WINNOW) replay --store $(STORE) $(ARGS) $(ID)
 label: $(READY) ## vote on a local page: pick candidates (ARGS=pairs: compare models)
