@@ -182,7 +182,7 @@ def _figure(metric: str, figures: dict[str, Any]) -> str:
         return "–"
     half = half_width(figures[metric])
     text = shown(metric, figures[metric]["value"])
-    return text if half is None else f"{text} ± {shown(metric, half, 2)}"
+    return text if half is None else f"{text} ± {shown(metric, half, 3 if half >= 100 else 2)}"
 
 
 def _loading(config: Config) -> dict[str, Any]:

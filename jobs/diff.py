@@ -133,4 +133,4 @@ def _figures(summary: dict[str, Any], one: Round, two: Round) -> Iterator[str]:
 
 def _half(metric: str, figure: dict[str, Any]) -> str:
     half = half_width(figure)
-    return "" if half is None else f" ± {shown(metric, half, 2)}"
+    return "" if half is None else f" ± {shown(metric, half, 3 if half >= 100 else 2)}"

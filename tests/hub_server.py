@@ -65,9 +65,9 @@ class Repo:
 
 
 class Refusal(Exception):
-    def __init__(self, status: int, code: str = "", said: str = "") -> None:
+    def __init__(self, status: int, code: str = "", said: str = "", **more: str) -> None:
         super().__init__(status, code, said)
-        self.status, self.code, self.said = status, code, said or code
+        self.status, self.code, self.more = status, code, {"error": said or code} | more
 
 
 @dataclass
@@ -131,12 +131,13 @@ class Hub(ThreadingHTTPServer):
 
     def create(self, asked: dict[str, Any]) -> Answer:
         name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+        url = f"{self.url}/{name.removeprefix('models/')}"
         if name in self.repos:
-            raise Refusal(409, said="You already created this repo")
+            raise Refusal(409, said="You already created this repo", url=url)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.repos[name] = Repo(private)
         self.repos[name].commit("main", {".gitattributes": Blob(b"*.parquet filter=lfs\n", False)})
-        return told({"url": f"{self.url}/{name.removeprefix('models/')}"})
+        return told({"url": url})
 
     def batch(self, repo: Repo, name: str, asked: dict[str, Any]) -> Answer:
         objects = []
@@ -312,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     done = hub.answer(self.command, self.path, body, self.headers)
                 except Refusal as refusal:
-                    done = told({"error": refusal.said}, refusal.status)
+                    done = told(refusal.more, refusal.status)
                     done.headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
                 answer = answer if when else done
         self.send_response(answer.status)
