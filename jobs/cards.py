@@ -138,7 +138,7 @@ def dataset(story: Story, what: str, configs: Sequence[Config]) -> tuple[str, li
         "task_categories": ["text-to-image"],
         "size_categories": [next((name for most, name in SIZES if images < most), "n>1T")],
         "tags": ["image", *([] if own and len(own) == len(makers) else ["synthetic"]), "winnow"],
-        "source_model": ", ".join(makers) or None,
+        "source_model": makers or None,
         "source_model_license": story.answers.source_license,
         "configs": [_loading(config) for config in configs],
         "dataset_info": [_info(config) for config in configs],

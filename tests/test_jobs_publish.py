@@ -106,7 +106,8 @@ def test_a_selection_in_a_folder(world: World, tmp_path: Path, winnow: Winnow, m
         assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == sha
     head, body = card((folder / "README.md").read_text())
     assert head["license"] == "cc-by-4.0" and "synthetic" in head["tags"]
-    assert head["source_model_license"] == "apache-2.0" and head["source_model"].startswith("pipeline@")
+    makers = world.rows("SELECT DISTINCT model FROM samples WHERE arm = 'curated' AND split = 'train' ORDER BY model")
+    assert head["source_model"] == [row["model"] for row in makers] and head["source_model_license"] == "apache-2.0"
     rows = shards(world, 2)
     info = head["dataset_info"][0]
     assert info["splits"][0]["num_examples"] == rows.num_rows and head["size_categories"] == ["n<1K"]
