@@ -159,3 +159,16 @@ def convert(
     from jobs.convert import convert as write
 
     print(f"{target}: {write(source, target)} tensors")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A round, such as 1, or arm:round.")],
+    after: Annotated[str, typer.Argument(help="Another one.")],
+    store: StorePath = STORE,
+) -> None:
+    """Tell what changed from one round to another: recipe, kept samples, scores, drift, verdict."""
+    from jobs.diff import diff as tell
+    from storage.layout import check
+
+    print("\n".join(tell(check(store), before, after)))
