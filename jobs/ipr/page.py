@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from PIL import Image
 from jobs.ipr.benchmarks import BENCHMARKS
 from jobs.plots import Line, curve
 
-#: What the curve shows, by method and fraction.
+#: What the curve shows, by method, fraction and level.
 DRAWN = {
-    "sequential": ("sequential", None),
-    "IPR, 1/4": ("IPR", 0.25),
-    "whole image": ("whole image", 1.0),
-    "restart": ("restart", 1.0),
+    "sequential": ("sequential", None, None),
+    "IPR": ("IPR", 0.25, 1.0),
+    "whole image": ("whole image", 1.0, 0.5),
+    "restart": ("restart", 1.0, 1.0),
 }
+#: What IPR is compared with in a sentence, the best row of each.
+RIVALS = (
+    "parallel", "sequential", "whole image", "restart", "fixed regions", "least certain regions", "regions in conflict"
+)  # fmt: skip
 ZOOM = 2  # of the picture
 HEAD = """# Iterative partial refinement
 
@@ -32,9 +37,9 @@ ones. Unlike: share of the cells that lie further from every digit of the classi
 | method | what it does |
 |---|---|
 | parallel | all regions at one noise level |
-| sequential | one region after the other, the most certain first; more evaluations: more steps a region |
-| IPR | each iteration draws a random share of the regions again among the others |
-| whole image | each iteration sets the whole image to noise level 0.5 and denoises it in 8 steps: a control |
+| sequential | one region after the other, or beside the last part of it; the most certain first |
+| IPR | each iteration sets a random share of the regions to noise and draws them again among the others |
+| whole image | each iteration sets the whole image to a noise level below 1 and denoises it: a control |
 | restart | each iteration draws everything anew, sequentially: a control |
 | fixed regions | IPR, but the same regions in each iteration: a control |
 | least certain regions | IPR of the regions that the model is least sure of; a look costs one evaluation |
@@ -71,10 +76,9 @@ def keep(name: str, figures: dict[str, Any], before: np.ndarray, after: np.ndarr
 def picture(name: str, figures: dict[str, Any]) -> bytes:
     """An SVG of the valid share against evaluations where nothing is given; bands are one standard error."""
     lines = []
-    for label, (method, fraction) in DRAWN.items():
-        rows = [row for row in figures["rows"] if not row["given"] and row["method"] == method]
-        rows = [row for row in rows if row.get("fraction") == fraction]
-        if fraction is not None:  # from the samples that it begins with
+    for label, kind in DRAWN.items():
+        rows = [row for row in figures["rows"] if not row["given"] and _kind(row) == kind]
+        if kind[1] is not None:  # from the samples that it begins with
             rows = [_first(figures), *rows]
         x, y, half = ([row[key] for row in rows] for key in ("evaluations", "rate", "se"))
         lines.append(Line(label, x, y, half))
@@ -89,12 +93,39 @@ def _first(figures: dict[str, Any]) -> dict[str, Any]:
     return min(rows, key=lambda row: row["evaluations"])
 
 
+def _kind(row: dict[str, Any]) -> tuple[str, float | None, float | None]:
+    return row["method"], row.get("fraction"), row.get("level")
+
+
 def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}"
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
+
+
+def findings(one: dict[str, Any]) -> list[str]:
+    """In a sentence for each share of given regions: IPR with a quarter, after its last iteration, against the best row
+    of every other method with at most as many evaluations."""
+    lines = []
+    for given in sorted({row["given"] for row in one["rows"]}):
+        rows = [row for row in one["rows"] if row["given"] == given]
+        ours = max((row for row in rows if _kind(row) == DRAWN["IPR"]), key=lambda row: row["evaluations"])
+        parts = []
+        for method in RIVALS:
+            others = [row for row in rows if row["method"] == method and row["evaluations"] <= ours["evaluations"]]
+            if others:
+                best = max(others, key=lambda row: row["rate"])
+                change, error = 100 * (ours["rate"] - best["rate"]), 100 * math.hypot(ours["se"], best["se"])
+                level = f" at level {best['level']}" if method == "whole image" else ""
+                theirs = f"{method}{level} ({_share(best)}, {best['evaluations']})"
+                parts.append(f"{change:+.1f} ± {error:.1f} over {theirs}")
+        lines.append(
+            f"- {given:.0%} given, {ours['evaluations']} evaluations: IPR is valid in {_share(ours)} %. In points, "
+            f"against the best row of each other method (its share, its evaluations): {'; '.join(parts)}."
+        )
+    return lines
 
 
 def page(found: dict[str, Any], out: Path) -> str:
@@ -107,24 +138,27 @@ def page(found: dict[str, Any], out: Path) -> str:
         )
         lines += [
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
+            *findings(one),
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
             f"{model['cpu_seconds'] / 60:.1f} CPU-minutes "
             f"({model['threads']} threads), on {one['handwriting']}.",
             f"- Checker on what nobody has seen: {checker or 'exact'}. "
             f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
             "- Retention: " + "; ".join(
-                f"{row['method']} {row['fraction']:.3g}: {_share(row)} %" for row in one["retention"]
+                f"{row['method']} {row['level'] if row['method'] == 'whole image' else row['fraction']:g}: "
+                f"{_share(row)} %" for row in one["retention"]
             ) + ".",
             f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
             f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
             "",
-            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | unlike "
-            "| s |",
-            "|" + "---|" * 10,
+            "| given | method | drawn again | level | iterations | evaluations | valid, % | 95 % interval | distinct "
+            "| unlike | s |",
+            "|" + "---|" * 11,
         ]  # fmt: skip
         for row in one["rows"]:
             lines.append(
-                f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('iterations', '')} | "
+                f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('level', '')} | "
+                f"{row.get('iterations', '')} | "
                 f"{row['evaluations']} | {_share(row)} | {100 * row['low']:.1f} – {100 * row['high']:.1f} | "
                 f"{row.get('distinct', '')} | {_percent(row.get('unlike'))} | {row['seconds']:.0f} |"
             )
