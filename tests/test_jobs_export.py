@@ -314,7 +314,7 @@ def test_killed_exports_end_with_the_same_bytes(forks: ForkServer, tmp_path: Pat
     whole = another(tmp_path / "whole")
     export(whole)
     run, killed, inside = another(tmp_path / "killed"), 0, 0
-    for events in itertools.count(3, 9):
+    for events in itertools.count(3, 5):
         forks.start("test_jobs_export:again", str(tmp_path / "killed"), log=tmp_path / "log", events=events)
         status = forks.wait()
         if status == 0:
