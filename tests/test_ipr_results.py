@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jobs.ipr import WEIGHTS, benchmarks
 from jobs.ipr.__main__ import main
 from jobs.ipr.benchmarks import BENCHMARKS, build, task
 from jobs.ipr.measure import Bench, budgets, measure, methods, rate
 from jobs.ipr.model import RegionTransformer, Shape
-from jobs.ipr.page import findings
+from jobs.ipr.page import choices, findings
 from jobs.ipr.refine import refine
 from jobs.ipr.sampler import Pass
 from jobs.ipr.train import Training, load
 from schemas.errors import WinnowError
 
+HOME = Path(__file__).parent.parent
 TINY = {
     "shape": Shape(16, 1, 2), "training": Training(2, batch=4), "start": Pass(1), "again": Pass(1),
     "iterations": (4, 16),
@@ -113,6 +115,11 @@ def test_findings_compare_the_last_iteration_with_the_best_of_the_others() -> No
     assert "0% given, 100 evaluations: IPR is valid in 80.0 ± 3.0 %" in line
     assert "+20.0 ± 4.2 over sequential (60.0 ± 3.0, 100)" in line  # the one of 101 evaluations is not asked
     assert "-2.0 ± 4.2 over whole image at level 0.3 (82.0 ± 3.0, 60)" in line and "restart" not in line
+    rows += [row("least certain regions", 0.85, 49), row("least certain regions", 0.95, 99)]
+    assert choices({"rows": rows}) == [
+        "- Least certain regions instead of random ones, in points (evaluations): "
+        "-5.0 ± 4.2 (49 and 50); +15.0 ± 4.2 (99 and 100)."
+    ]
 
 
 def test_given_regions_are_those_of_a_real_board_to_the_end() -> None:
@@ -172,3 +179,24 @@ def test_the_shipped_model_is_small_and_far_above_chance() -> None:
     first = bench.valid(x).mean()
     *_, after = refine(bench.sampler(1), x, bench.free, 8, 0.25, Pass(2))
     assert evaluations == 32 and first > 0.2 and bench.valid(after).mean() > first
+
+
+def test_the_published_figures_are_whole() -> None:
+    figures = found(HOME / "results")
+    page = (HOME / "results" / "ipr.md").read_text()
+    assert "sudoku4" in figures
+    for name, one in figures.items():
+        assert one["n"] >= 500 and all(row["n"] == one["n"] for row in one["rows"])
+        assert (HOME / "results" / f"ipr-{name}.svg").exists()
+        for row in one["rows"]:
+            assert f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}" in page
+    for picture in (HOME / "results").glob("ipr-*.png"):
+        assert Image.open(picture).size[0] > 100 and picture.stat().st_size < 100_000
+
+
+def test_the_readme_quotes_the_published_figures() -> None:
+    text = (HOME / "README.md").read_text().split("## Iterative partial refinement")[1].split("\n## ")[0]
+    rows = [row for row in found(HOME / "results")["sudoku4"]["rows"] if not row["given"]]
+    shares = {(f"{row['evaluations']}", f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f} %") for row in rows}
+    quoted = re.findall(r"\| (\d+) \| ([\d.]+ ± [\d.]+ %) \|", text)
+    assert len(quoted) >= 6 and set(quoted) <= shares

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.ipr.benchmarks import BENCHMARKS
+from jobs.ipr.grid import Grid
 from jobs.plots import Line, curve
 
 #: What the curve shows, by method, fraction and level.
@@ -19,13 +20,12 @@ DRAWN = {
     "sequential": ("sequential", None, None),
     "IPR": ("IPR", 0.25, 1.0),
     "whole image": ("whole image", 1.0, 0.5),
-    "restart": ("restart", 1.0, 1.0),
 }
 #: What IPR is compared with in a sentence, the best row of each.
 RIVALS = (
     "parallel", "sequential", "whole image", "restart", "fixed regions", "least certain regions", "regions in conflict"
 )  # fmt: skip
-ZOOM = 2  # of the picture
+ZOOM = 4  # of the picture
 HEAD = """# Iterative partial refinement
 
 Made by `make benchmark-ipr`. Valid: share of the samples that obey the benchmark's rule, ± its standard error, with its
@@ -65,12 +65,22 @@ def keep(name: str, figures: dict[str, Any], before: np.ndarray, after: np.ndarr
     file.write_text(json.dumps(found, indent=1) + "\n")
     (out / f"ipr-{name}.svg").write_bytes(picture(name, figures))
     if len(before):
-        rows = [np.concatenate(list(np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)), 1)
-                for side in (before, after)]  # fmt: skip
-        sheet = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
-        Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(out / f"ipr-{name}.png", optimize=True)
+        sheet(before, after, Grid(**figures["model"]["grid"])).save(out / f"ipr-{name}.png", optimize=True)
     (out / "ipr.md").write_text(page(found, out))
     return out / "ipr.md"
+
+
+def sheet(before: np.ndarray, after: np.ndarray, grid: Grid) -> Image.Image:
+    """Images uint8 [N, H, W, C] above what became of them, enlarged; cells of a board with lines between them."""
+    rows = []
+    for side in (before, after):
+        if grid.box:
+            for axis, count in ((1, grid.rows), (2, grid.columns)):
+                side = np.insert(side, grid.patch * np.arange(1, count), 128, axis)
+        side = np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)
+        rows.append(np.concatenate(list(side), 1))
+    whole = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
+    return Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
 
 
 def picture(name: str, figures: dict[str, Any]) -> bytes:
@@ -82,8 +92,8 @@ def picture(name: str, figures: dict[str, Any]) -> bytes:
             rows = [_first(figures), *rows]
         x, y, half = ([row[key] for row in rows] for key in ("evaluations", "rate", "se"))
         lines.append(Line(label, x, y, half))
-    subtitle = f"{name}, nothing given: mean of {figures['n']} samples ± standard error"
-    uri = curve("valid, %", subtitle, lines, figures["ceiling"]["rate"], 100.0, "evaluations a sample")
+    subtitle = f"{name}, by evaluations a sample; ± standard error"
+    uri = curve("valid, %", subtitle, lines, figures["ceiling"]["rate"], 100.0, "")
     return base64.b64decode(uri.partition(",")[2])
 
 
@@ -128,6 +138,25 @@ def findings(one: dict[str, Any]) -> list[str]:
     return lines
 
 
+def choices(one: dict[str, Any]) -> list[str]:
+    """In a sentence for each way to choose regions beyond the source: points over the uniform choice, where nothing is
+    given, at each of its numbers of evaluations or a little fewer."""
+    rows = [row for row in one["rows"] if not row["given"]]
+    lines = []
+    for method in ("least certain regions", "regions in conflict"):
+        parts = []
+        for uniform in (row for row in rows if _kind(row) == DRAWN["IPR"]):
+            some = [row for row in rows if row["method"] == method and row["evaluations"] <= uniform["evaluations"]]
+            if some:
+                ours = max(some, key=lambda row: row["evaluations"])
+                change, error = 100 * (ours["rate"] - uniform["rate"]), 100 * math.hypot(ours["se"], uniform["se"])
+                parts.append(f"{change:+.1f} ± {error:.1f} ({ours['evaluations']} and {uniform['evaluations']})")
+        if parts:
+            said = "; ".join(parts)
+            lines.append(f"- {method.capitalize()} instead of random ones, in points (evaluations): {said}.")
+    return lines
+
+
 def page(found: dict[str, Any], out: Path) -> str:
     """All benchmarks as Markdown."""
     lines = [HEAD]
@@ -138,7 +167,7 @@ def page(found: dict[str, Any], out: Path) -> str:
         )
         lines += [
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
-            *findings(one),
+            *findings(one), *choices(one),
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
             f"{model['cpu_seconds'] / 60:.1f} CPU-minutes "
             f"({model['threads']} threads), on {one['handwriting']}.",
