@@ -10,8 +10,9 @@ WINNOW := $(VENV)/bin/winnow
 IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
-STAGES := prompts generate embed score refine distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain diff replay label publish verify base study bench \
+STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
+.PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
+  verify base study bench \
   benchmark-ipr lint lock clean
 
 help: ## list the targets
@@ -44,6 +45,8 @@ distance: $(READY) ## measure how far the samples lie from D_0
 	$(WINNOW) distance $(IN)
 select: $(READY) ## keep the preferred samples, with a reason for every other
 	$(WINNOW) select $(IN)
+tournament: $(READY) ## compare policies over the round's candidates, before one is trained on
+	$(WINNOW) tournament $(IN)
 weigh: $(READY) ## weigh the kept samples by their distance
 	$(WINNOW) weigh $(IN)
 export: $(READY) ## write the selection as weighted training shards
@@ -71,6 +74,10 @@ sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
 	$(WINNOW) sql --store $(STORE) $(ARGS) '$(subst ','\'',$(if $(Q),$(Q),$(ASK)))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain --store $(STORE) $(ARGS) $(ID)
+similar: $(READY) ## find the samples most like one (ID=…)
+	$(WINNOW) similar --store $(STORE) $(ARGS) $(ID)
+search: $(READY) ## find the samples most like a text (TEXT="a red seven")
+	$(WINNOW) search --store $(STORE) $(ARGS) '$(subst ','\'',$(TEXT))'
 diff: $(READY) ## tell what changed from one round to another (ROUNDS="1 2")
 	$(WINNOW) diff --store $(STORE) $(ARGS) $(ROUNDS)
 replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)

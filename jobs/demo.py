@@ -39,15 +39,15 @@ def play_arms(store: Path, name: str, settings: list[tuple[list[str], Any]]) -> 
 
     cores = torch.get_num_threads()
     share = cores // len(recipe.arms)
-    beside = devices.device() == "cpu" and share > 0 and len(others) > 0
-    if beside:
-        prepare(Run(home, recipe.for_arm(first), 1, first))  # once, what all arms share
-        torch.set_num_threads(share)
-        with _processes(home, name, [*settings, (["threads"], share)], others):
-            play(first)
-        torch.set_num_threads(cores)
+    if not (devices.device() == "cpu" and share and others):
+        return [play(arm) for arm in recipe.arms]
+    prepare(Run(home, recipe.for_arm(first), 1, first))  # once, what all arms share
+    torch.set_num_threads(share)
+    with _processes(home, name, [*settings, (["threads"], share)], others):
+        outcome = play(first)
+    torch.set_num_threads(cores)
     # What is there is passed over, so that an arm whose process broke off is played to its end here.
-    return [play(arm, renew=not beside) for arm in recipe.arms]
+    return [outcome, *(play(arm, renew=False) for arm in others)]
 
 
 @contextmanager

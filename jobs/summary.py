@@ -16,8 +16,8 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from curate import guard as rule
-from jobs.evaluate import PROMPT_SET
-from jobs.guard import history
+from jobs.evaluate import LOOKS, PROMPT_SET
+from jobs.guard import DISTANCES, history
 from jobs.recipe import Recipe
 from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
@@ -27,10 +27,12 @@ from storage.query import connect, unreadable
 from storage.snapshot import Snapshot, latest, load, numbers
 
 HEADLINES = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
-NAMES = {
-    "judge_accuracy": "Judged accuracy", "fd_real": "Fréchet distance to real images",
-    "fd_d0": "Fréchet distance to D₀", "diversity": "Diversity within a prompt",
+NAMES = {"judge_accuracy": "Judged accuracy", "diversity": "Diversity within a prompt"}
+MEASURES = {
+    "fd": "Fréchet distance to", "kid": "Kernel distance (KID) to", "cmmd": "CMMD to", "density": "Density among",
+    "coverage": "Coverage of",
 }  # fmt: skip
+TARGETS = {"real": "real images", "d0": "D₀"}
 Figure = dict[str, Any]  # value, ci_low, ci_high, n
 
 
@@ -183,12 +185,17 @@ def name_of(metric: str) -> str:
     if metric.startswith("win_rate:"):
         by = metric.removeprefix("win_rate:")
         return f"Win rate over the base, {'judged' if by == 'judge_accuracy' else f'by {by}'}"
-    return NAMES.get(metric, metric)
+    if metric.startswith("agreement:"):
+        return f"Agreement with {metric.removeprefix('agreement:')}"
+    head, _, space = metric.partition("@")
+    measure, _, target = head.partition("_")
+    name = f"{MEASURES[measure]} {TARGETS[target]}" if measure in MEASURES and target in TARGETS else NAMES.get(head)
+    return metric if name is None else name + (f", {space}" if space else "")
 
 
 def percent(metric: str) -> bool:
     """Whether a metric is a share."""
-    return metric == "judge_accuracy" or metric.startswith("win_rate:")
+    return metric == "judge_accuracy" or metric.startswith(("win_rate:", "coverage_"))
 
 
 def shown(metric: str, value: float | None, digits: int = 4) -> str:
@@ -210,9 +217,9 @@ def half_width(figure: Figure) -> float | None:
 
 def better(metric: str, change: float) -> bool | None:
     """Whether a change is for the better; None where neither direction is."""
-    if metric in ("fd_d0", "diversity") or not change:
+    if "_d0" in metric or metric in ("diversity", *LOOKS) or metric.startswith("agreement:") or not change:
         return None
-    return change < 0 if metric.startswith("fd_") else change > 0
+    return change < 0 if metric.startswith(DISTANCES) else change > 0
 
 
 def _round(arm: dict[str, Any], number: int | None) -> dict[str, Figure]:

@@ -50,12 +50,19 @@ def scan(root: Path, paths: Iterable[str], filename: bool = False) -> str:
 
 def of_another_layout(part: Part) -> bool:
     """Whether a part was written with other columns than this Winnow's table has."""
-    return part.table not in TABLES or part.fingerprint.split("-")[0] != fingerprint(TABLES[part.table].schema)
+    return part.table not in TABLES or part.fingerprint.split("-")[0] != _layout(part.table)
 
 
-def views(snapshot: Snapshot, root: str | Path, absent: Collection[str] = ()) -> list[str]:
+@lru_cache
+def _layout(name: str) -> str:
+    return fingerprint(TABLES[name].schema)
+
+
+def views(
+    snapshot: Snapshot, root: str | Path, absent: Collection[str] = (), sql: str | None = None
+) -> list[str]:
     """CREATE OR REPLACE VIEW statements for every table (empty and typed where it has no parts), for `curated`, and for
-    `opinions` and `win_rates` over the votes.
+    `opinions` and `win_rates` over the votes; or for those alone that `sql` can mean: each costs the opening of a file.
 
     A table with one of the `absent` parts gets a view that refuses to be read: the others can be, so that the
     stage that made the part can make it again. Only `weights` leaves it out: its rows are then not weighed.
@@ -71,11 +78,18 @@ def views(snapshot: Snapshot, root: str | Path, absent: Collection[str] = ()) ->
         paths[part.table].append(part.path)
     paths["weights"] = [path for path in paths["weights"] if path not in absent]
     lost = {name: path for name in TABLES for path in reversed(paths[name]) if path in absent}
-    scorers = () if "scores" in lost else _scorers(home, tuple(paths["scores"]))
     bodies = {name: _refusing(name, lost[name]) if name in lost else _table(name, home, paths[name]) for name in TABLES}
     bodies["selections"] = _weighted(bodies["selections"], bodies["weights"])
     bodies["strengths"] = f"SELECT * FROM ({bodies['strengths']}) QUALIFY basis = max(basis) OVER ()"
-    bodies |= {"curated": _curated(scorers), "opinions": _OPINIONS, "win_rates": _WIN_RATES}
+    if sql is None or "curated" in sql:
+        scorers = () if "scores" in lost else _scorers(home, tuple(paths["scores"]))
+        bodies["curated"] = _curated(scorers)
+    bodies |= {"opinions": _OPINIONS, "win_rates": _WIN_RATES}
+    for name in reversed(list(bodies)) if sql is not None else ():  # each reads such as stand before it
+        if name in sql:
+            sql += bodies[name]
+        else:
+            del bodies[name]
     return [f"CREATE OR REPLACE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
 
 
