@@ -16,6 +16,7 @@ from jobs.export import Export
 from jobs.generate import Generate
 from jobs.guard import Guard
 from jobs.prompts import Prompts
+from jobs.questions import Publish
 from jobs.refine import Refine
 from jobs.score import Score
 from jobs.select import Select, selecting
@@ -51,6 +52,7 @@ class Recipe(Settings):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     guard: Guard = Guard()
+    publish: Publish = Publish()
     arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}}, min_length=1)
 
     @model_validator(mode="after")

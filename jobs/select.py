@@ -14,7 +14,7 @@ from curate import select as choose
 from curate.decision import Decision, dedup, floors, listed, narrow
 from curate.decision import picks as picked_by_hand
 from curate.fuse import FUSIONS
-from jobs import samples
+from jobs import samples, votes
 from jobs.embed import vectors_of
 from jobs.named import known, yours
 from jobs.pool import ask, pool, scorers
@@ -41,8 +41,9 @@ class Select(Settings):
     all candidates. ``sql``: of the policy of that name, a query over ``candidates`` (the columns of jobs/pool.py) that
     gives the ``sample_id`` of those to keep and, if you like, their ``rank``. ``strata``: the prompts' column whose
     values share the budget. ``floors``: least value by scorer. ``dedup``: the cosine similarity in ``space`` from which
-    two samples count as one. ``picks``: a file of the sample ids that people chose, one a line; "{round}" and "{arm}"
-    in its name stand for those. They are kept, but for floors and duplicates, and the policy is not asked."""
+    two samples count as one. ``picks``: "votes", for what people chose in ``winnow label``, or a file of sample ids,
+    one a line, with "{round}" and "{arm}" in its name for those. What was picked is kept, but for floors and
+    duplicates, and the policy is not asked."""
 
     policy: PolicyName = "best_of_n"
     scorers: tuple[str, ...] | None = None
@@ -106,7 +107,10 @@ def selecting(recipe: Recipe) -> tuple[str, ...]:
 
 
 def picked(run: Run, name: str) -> np.ndarray:
-    """The sample ids of a file of picks, int64; WinnowError where there are none, or a line is none."""
+    """The sample ids that people picked, in votes or in a file, int64; WinnowError where there are none, or a line of
+    the file is none."""
+    if name == "votes":
+        return votes.picked(run)
     path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

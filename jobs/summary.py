@@ -254,27 +254,34 @@ def _compare(
         if metric not in after or metric not in before:
             continue
         old, new = before[metric]["value"], after[metric]["value"]
-        change, widths = new - old, (half_width(before[metric]), half_width(after[metric]))
-        error = None if None in widths else math.hypot(*widths)  # type: ignore[arg-type]
+        change, error = new - old, _noise(before[metric], after[metric])
         beyond = None if error is None else abs(change) > error
-        judgement = _judgement(metric, change, beyond)
+        said = judgement(metric, before[metric], after[metric])
         text = (
             f"{name_of(metric)}, {arm} round {number} ({which}) against {against}: "
-            f"{shown(metric, old)} → {shown(metric, new)}, {judgement}"
+            f"{shown(metric, old)} → {shown(metric, new)}, {said}"
         )
         yield {
             "arm": arm, "round": number, "which": which, "against": against, "metric": metric, "before": old,
-            "after": new, "change": change, "error": error, "beyond_noise": beyond, "judgement": judgement,
+            "after": new, "change": change, "error": error, "beyond_noise": beyond, "judgement": said,
             "text": text,
         }  # fmt: skip
 
 
-def _judgement(metric: str, change: float, beyond: bool | None) -> str:
-    if beyond is False:
+def _noise(before: Figure, after: Figure) -> float | None:
+    """Half the width of the 95 % interval of a difference; None where one of the two has none."""
+    widths = half_width(before), half_width(after)
+    return None if None in widths else math.hypot(*widths)  # type: ignore[arg-type]
+
+
+def judgement(metric: str, before: Figure, after: Figure) -> str:
+    """Whether a metric got better or worse, or by less than its noise."""
+    change, error = after["value"] - before["value"], _noise(before, after)
+    if error is not None and abs(change) <= error:
         return "within noise"
     neither = "higher" if change > 0 else "lower" if change < 0 else "unchanged"
     word = {True: "better", False: "worse", None: neither}[better(metric, change)]
-    return word if beyond else f"{word}, of unknown certainty"
+    return word if error is not None else f"{word}, of unknown certainty"
 
 
 def _story(summary: dict[str, Any]) -> Iterator[str]:

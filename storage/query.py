@@ -98,6 +98,13 @@ def stream(
             raise unreadable(check(root), error) from error
 
 
+def script(root: str | Path, snapshot: Snapshot | int | None = None) -> str:
+    """The views of a snapshot as SQL that DuckDB runs without Winnow; it holds the paths of the store's parts."""
+    home = check(root)
+    found = latest(home) if snapshot is None else load(home, snapshot) if isinstance(snapshot, int) else snapshot
+    return "".join(f"{statement};\n" for statement in views(found, home))
+
+
 def user_query(
     root: str | Path,
     sql: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,17 +24,38 @@ def report(store: StorePath = STORE) -> None:
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help='Such as "SELECT * FROM rounds".')],
+    query: Annotated[str | None, typer.Argument(help='Such as "SELECT * FROM rounds"; without: at a prompt.')] = None,
     store: StorePath = STORE,
+    file: Annotated[Path | None, typer.Option(help="A file of SQL instead; - for standard input.")] = None,
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     snapshot: Annotated[int | None, typer.Option(help="Read the store as it was at this snapshot.")] = None,
+    views: Annotated[bool, typer.Option("--views", help="Print the views as SQL, for DuckDB without Winnow.")] = False,
 ) -> None:
     """Ask the store: prompts, samples, refinements, scores, embeddings, distances, selections, evaluations, rounds,
     curated."""
     from jobs.show import show
-    from storage.query import user_query
+    from storage.query import script, user_query
 
-    show(user_query(store, query, snapshot), format)
+    if sum([query is not None, file is not None, views]) > 1:
+        raise WinnowError("sql: give a query, --file or --views, not several of them")
+    if views:
+        print(script(store, snapshot), end="")
+    elif file or query is not None or not sys.stdin.isatty():
+        show(user_query(store, query if query is not None else _text(file), snapshot), format)
+    else:
+        from jobs.shell import shell
+
+        shell(store, format, snapshot)
+
+
+def _text(file: Path | None) -> str:
+    """SQL from a file, or from standard input."""
+    if file is None or str(file) == "-":
+        return sys.stdin.read()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"--file {file}: cannot be read ({error}); give a text file in UTF-8") from error
 
 
 @app.command()
@@ -137,3 +159,16 @@ def convert(
     from jobs.convert import convert as write
 
     print(f"{target}: {write(source, target)} tensors")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A round, such as 1, or arm:round.")],
+    after: Annotated[str, typer.Argument(help="Another one.")],
+    store: StorePath = STORE,
+) -> None:
+    """Tell what changed from one round to another: recipe, kept samples, scores, drift, verdict."""
+    from jobs.diff import diff as tell
+    from storage.layout import check
+
+    print("\n".join(tell(check(store), before, after)))
