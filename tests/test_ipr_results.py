@@ -191,7 +191,8 @@ def test_the_published_figures_are_whole() -> None:
         for row in one["rows"]:
             assert f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}" in page
     for picture in (HOME / "results").glob("ipr-*.png"):
-        assert Image.open(picture).size[0] > 100 and picture.stat().st_size < 100_000
+        with Image.open(picture) as shown:
+            assert shown.size[0] > 100 and picture.stat().st_size < 100_000
 
 
 def test_the_readme_quotes_the_published_figures() -> None:

@@ -118,7 +118,8 @@ def test_a_selection_in_a_folder(world: World, tmp_path: Path, winnow: Winnow, m
         "SELECT DISTINCT scorer FROM scores JOIN selections USING (sample_id) WHERE selection = 'curated'"
     )
     assert scorers and all(f"| {row['scorer']} |" in body for row in scorers)
-    assert Image.open(folder / "assets" / "samples.png").size[0] == 8 * 128
+    with Image.open(folder / "assets" / "samples.png") as shown:
+        assert shown.size[0] == 8 * 128
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["model"] == "embedded" and recipe["seed"] == world.recipe.seed
 
@@ -149,7 +150,8 @@ def test_a_whole_store_is_a_store_again(world: World, tmp_path: Path, winnow: Wi
     assert json.loads(said.out) == world.rows("SELECT count(*) AS n FROM curated")
     problems = verify(folder).problems
     assert problems and all(problem.startswith("shards/") for problem in problems)  # they are left out
-    [row] = world.rows("SELECT sample_id FROM samples WHERE round = 1 AND arm = 'curated' ORDER BY sample_id LIMIT 1")
+    made = "round = 1 AND arm = 'curated' AND split = 'train'"
+    [row] = world.rows(f"SELECT sample_id FROM samples WHERE {made} ORDER BY sample_id LIMIT 1")
     assert winnow("replay", row["sample_id"], "--store", folder).status == 0
 
 
@@ -223,7 +225,7 @@ def test_nothing_is_published_without_answers(world: World, tmp_path: Path, winn
         (["--round", "9"], "round 9 of 'curated' is not exported"),
         (["--what", "model", "--round", "9"], "trained no model there"),
         (["--recipe", "sdxl-lora"], "give the recipe of that run"),
-        (["--set", "publish.licence=mit"], "did you mean license"),
+        (["--set", "publish.licence=mit"], "did you mean 'license'"),
     ],
 )
 def test_what_cannot_be_published_is_one_line(
