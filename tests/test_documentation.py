@@ -8,16 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import World
 
 from jobs.cli import app
+from schemas.tables import IMAGE, TABLES
+from storage.layout import create
+from storage.query import script, user_query
 
 HOME = Path(__file__).parent.parent
 README = (HOME / "README.md").read_text()
 MAKEFILE = (HOME / "Makefile").read_text()
 QUERIES = (HOME / "docs" / "queries.md").read_text()
+STORE_PAGE = (HOME / "docs" / "store.md").read_text()
 DOCUMENTS = sorted([*HOME.glob("*.md"), *(HOME / "docs").rglob("*.md")])
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
 
@@ -106,6 +111,45 @@ def test_the_twenty_queries_run(world: World, query: str) -> None:
 def test_the_twenty_queries_are_twenty_and_most_find_something(world: World) -> None:
     found = [world.table(query).num_rows for query in blocks(QUERIES, "sql")]
     assert len(found) == 20 and sum(rows > 0 for rows in found) >= 18, found
+
+
+def sections(text: str) -> list[tuple[str, str]]:
+    """Headings of the third level and what stands below them."""
+    return re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
+
+
+def cells(body: str) -> list[list[str]]:
+    """The rows of the one table of a section."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_store_page_has_every_table_with_its_columns() -> None:
+    words = {pa.int64(): "int64", pa.int32(): "int32", pa.float64(): "float64", pa.bool_(): "bool",
+             pa.string(): "string", IMAGE: "image", pa.list_(pa.float16()): "vector"}  # fmt: skip
+    tables, _, _ = STORE_PAGE.partition("\n## Views\n")
+    said = {
+        name: (tuple(re.findall(r"`(\w+)`", re.search(r"^Key: (.*?)\.", body, re.MULTILINE)[1])),  # type: ignore[index]
+               [(row[0], row[1]) for row in cells(body)])
+        for name, body in sections(tables)
+    }  # fmt: skip
+    assert said == {
+        name: (table.key, [(field.name, words[field.type] + "?" * (field.name not in table.required))
+                           for field in table.schema])
+        for name, table in TABLES.items()
+    }  # fmt: skip
+
+
+def test_the_store_page_has_every_view_with_its_columns(tmp_path: Path) -> None:
+    store = create(tmp_path / "store")
+    said = {
+        name: [column for row in cells(body) for column in row[0].split(", ")]
+        for name, body in sections(STORE_PAGE.partition("\n## Views\n")[2])
+    }
+    made = {name: user_query(store, f"SELECT * FROM {name}").column_names for name in said}
+    assert said == made
+    views = set(re.findall(r'CREATE OR REPLACE VIEW "(\w+)"', script(store)))
+    assert views == {*TABLES, *said}
 
 
 @pytest.mark.parametrize("line", [line for line in commands(README) if re.match(r"winnow (sql|verify)", line)])
