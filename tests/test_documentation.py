@@ -1,5 +1,6 @@
 """The documents are true: their commands exist, and their snippets run."""
 
+import importlib
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ MAKEFILE = (HOME / "Makefile").read_text()
 QUERIES = (HOME / "docs" / "queries.md").read_text()
 STORE_PAGE = (HOME / "docs" / "store.md").read_text()
 DOCUMENTS = sorted([*HOME.glob("*.md"), *(HOME / "docs").rglob("*.md")])
+HOW_TOS = sorted((HOME / "docs" / "how-to").glob("*.md"))
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
@@ -177,7 +179,34 @@ def test_python_snippets_run(
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", blocks(README, "yaml"))
+@pytest.mark.parametrize("page", HOW_TOS, ids=lambda path: path.name)
+def test_how_to_snippets_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A snippet whose first line names a file becomes that file; the others run and print something."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+    for code in blocks(page.read_text(), "python"):
+        first = code.splitlines()[0].removeprefix("# ")
+        if first.endswith(".py"):
+            (tmp_path / first).parent.mkdir(exist_ok=True)
+            (tmp_path / first).write_text(code)
+        else:
+            exec(compile(code, page.name, "exec"), {})
+            assert capsys.readouterr().out
+    for module, name in re.findall(r"(mine\.\w+):(\w+)", page.read_text()):
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("name", ["methods.md", "limits.md"])
+def test_figures_with_an_error_are_those_of_the_results(name: str) -> None:
+    results = "\n".join(path.read_text() for path in (HOME / "results").glob("*.md"))
+    figures = re.findall(r"-?[\d.]+ ± [\d.]+", (HOME / "docs" / name).read_text())
+    assert len(figures) > 2 and [figure for figure in figures if figure not in results] == []
+
+
+@pytest.mark.parametrize("text", [text for path in DOCUMENTS for text in blocks(path.read_text(), "yaml")])
 def test_recipe_snippets_load(text: str) -> None:
     from jobs import recipe as recipes
 
