@@ -32,6 +32,18 @@ class Candidates:
     rows: pa.Table
     score: np.ndarray | None
 
+    def counts(self) -> dict[str, Any]:
+        """How many there were, were refined ones and were kept, and what the weights of those amount to: their mean
+        and their effective number, None where they are not all weighed."""
+        kept = self.rows["kept"].to_numpy(zero_copy_only=False)
+        weight = self.rows["weight"].to_numpy(zero_copy_only=False).astype(float)[kept]
+        weighed = bool(len(weight) and np.isfinite(weight).all() and weight.any())
+        return {
+            "candidates": len(kept), "refined": self.rows.num_rows - self.rows["parent_id"].null_count,
+            "kept": int(kept.sum()), "weight": float(weight.mean()) if weighed else None,
+            "effective": law.effective_sample_size(weight) if weighed else None,
+        }  # fmt: skip
+
     def gallery(self) -> list[tuple[str, list[dict[str, Any]]]]:
         """Shelves of tiles: best, median and worst by the selection score, rejects with their reasons, and refined
         images beside what they were refined from."""
@@ -97,8 +109,10 @@ def _selection_score(source: Source, recipe: Recipe | None, rows: pa.Table) -> n
     return fuse(recipe.select, columns, rows["prompt_id"].to_numpy()) if columns else None
 
 
-def histograms(source: Source, recipe: Recipe | None, chosen: list[Candidates]) -> list[tuple[int, list[str]]]:
-    """By round: scores of the kept and the dropped, weights of the kept, distances beside D_0's own."""
+def histograms(
+    source: Source, recipe: Recipe | None, chosen: list[Candidates]
+) -> list[tuple[int, list[tuple[str, str]]]]:
+    """By round, titles and pictures: scores of the kept and the dropped, weights, distances beside D_0's."""
     own = np.empty(0)
     if recipe and recipe.distance.space:
         own = source.table(
@@ -118,18 +132,22 @@ def histograms(source: Source, recipe: Recipe | None, chosen: list[Candidates]) 
         charts = []
         if one.score is not None:
             groups = [("kept", one.score[kept]), ("dropped", one.score[~kept])]
-            charts.append(plots.histogram("Selection score", f"round {one.round}", groups))
+            charts.append(_titled("Selection score", f"round {one.round}", groups))
         if np.isfinite(weight).any():
             groups = [("kept", weight)]
-            charts.append(plots.histogram("Training weight", f"round {one.round}, of the kept", groups))
+            charts.append(_titled("Training weight", f"round {one.round}, of the kept", groups))
         if np.isfinite(distance).any():
             groups = [("kept", distance[kept]), ("D₀ to itself", own)]
             mark = None if beta is None else ("β", beta)
             subtitle = f"round {one.round}" + ("" if beta is None else "; full weight up to β")
-            charts.append(plots.histogram("Distance to D₀", subtitle, groups, mark))
+            charts.append(_titled("Distance to D₀", subtitle, groups, mark))
         if charts:
             by_round.append((one.round, charts))
     return by_round
+
+
+def _titled(title: str, *rest: Any) -> tuple[str, str]:
+    return title, plots.histogram(title, *rest)
 
 
 def lineage(source: Source, chosen: list[Candidates]) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from curate.weigh import effective_sample_size
 from jobs.images import decode
+from jobs.metrics import HEADLINES, half_width, name_of, shown
 from jobs.questions import Publish
 from jobs.recipe import Recipe
 from jobs.select import selecting
-from jobs.summary import HEADLINES, Source, half_width, name_of, shown
+from jobs.summary import Source
 from jobs.upload import Item, item
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
@@ -14,7 +14,7 @@ from typing import Any
 from jobs import devices
 from jobs import recipe as recipes
 from jobs.progress import say
-from jobs.report import report
+from jobs.report import renew, report
 from jobs.round import Outcome, loop, prepare
 from jobs.run import Run
 from storage.layout import create
@@ -34,8 +34,8 @@ def play_arms(store: Path, name: str, settings: list[tuple[list[str], Any]]) -> 
         torch.set_num_threads(recipe.threads)
     home, (first, *others) = create(store), recipe.arms
 
-    def play(arm: str, renew: bool = True) -> Outcome:
-        return loop(Run(home, recipe.for_arm(arm), 1, arm), lambda run: report(home) and None if renew else None)
+    def play(arm: str, each: Callable[[Run], None] = renew) -> Outcome:
+        return loop(Run(home, recipe.for_arm(arm), 1, arm), each)
 
     cores = torch.get_num_threads()
     share = cores // len(recipe.arms)
@@ -47,7 +47,7 @@ def play_arms(store: Path, name: str, settings: list[tuple[list[str], Any]]) -> 
         with _processes(home, name, [*settings, (["threads"], share)], others):
             outcome = play(first)
         # What is there is passed over, so that an arm whose process broke off is played to its end here.
-        return [outcome, *(play(arm, renew=False) for arm in others)]
+        return [outcome, *(play(arm, lambda run: None) for arm in others)]
     finally:
         torch.set_num_threads(cores)
 
@@ -62,7 +62,7 @@ def _processes(store: Path, name: str, settings: list[tuple[list[str], Any]], ar
             # Through a pipe, not to the terminal, where bars of two processes would write over each other. A process
             # whose pipe is broken ends, so that none outlives this one by much.
             out, err = subprocess.DEVNULL, subprocess.PIPE
-            played = subprocess.Popen([*verb, "--arm", arm], stdout=out, stderr=err, text=True)
+            played = subprocess.Popen([*verb, "--no-report", "--arm", arm], stdout=out, stderr=err, text=True)
             stack.enter_context(played)
             stack.callback(_relay(played).join)
             stack.push(lambda kind, *_, played=played: played.terminate() if kind else None)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.summary import HEADLINES, Source, half_width, judgement, main_arm, name_of, opened, shown, summarise
+from jobs.metrics import HEADLINES, half_width, judgement, name_of, shown
+from jobs.summary import Source, main_arm, opened, summarise
 from schemas.errors import WinnowError
 from storage.layout import clean
 from storage.snapshot import sealed_under

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jobs.summary import half_width, name_of, percent
+from jobs.metrics import half_width, name_of, percent
 
 COLOURS = ("#3584e4", "#e66100", "#9141ac", "#2a9d76", "#c64600", "#77767b")
 GREY = "#8b8b90"
 LONGEST = 44  # letters of a title that fit
+LONGEST_STAGES = 8  # bars that fit
 INK = "#010203"  # stands for the colour of the text around, which only the reader's browser knows
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "winnow", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
@@ -140,5 +141,28 @@ def histogram(
             axes.axvline(mark[1], color=INK, linestyle="--", linewidth=1, label=mark[0])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.set_ylabel("% of samples", labelpad=2)
+        _legend(figure)
+        return _uri(figure)
+
+
+def bars(title: str, subtitle: str, stages: Mapping[str, Mapping[str, float]], arms: Sequence[str]) -> str:
+    """Seconds by stage, the longest first, a piece an arm in the colour of its curves."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, subtitle)
+        axes.set_position((0.27, 0.175, 0.695, 0.605))
+        names = list(stages)[:LONGEST_STAGES]
+        colours = dict(zip(arms, COLOURS * len(arms), strict=False))
+        spenders = {arm for name in names for arm in stages[name]}
+        found = [*(arm for arm in arms if arm in spenders), *sorted(spenders.difference(arms))]
+        left = np.zeros(len(names))
+        for arm in found:
+            seconds = np.asarray([stages[name].get(arm, 0.0) for name in names])
+            axes.barh(range(len(names)), seconds, left=left, color=colours.get(arm, GREY), alpha=0.8, label=arm)
+            left += seconds
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel("seconds", loc="left", labelpad=1)
         _legend(figure)
         return _uri(figure)

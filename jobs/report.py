@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import yaml
@@ -18,25 +19,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs import plots
 from jobs.candidates import candidates, histograms, lineage, selected
-from jobs.evaluate import LOOKS
-from jobs.guard import DISTANCES
 from jobs.images import decode
+from jobs.metrics import HEADLINES, Figure, grouped, half_width, name_of, shown
+from jobs.polls import polls
+from jobs.progress import say
 from jobs.recipe import Recipe
-from jobs.run import BASE
-from jobs.select import selecting
-from jobs.summary import (
-    HEADLINES,
-    MEASURES,
-    Figure,
-    Source,
-    half_width,
-    main_arm,
-    name_of,
-    opened,
-    recipe_of,
-    shown,
-    summarise,
-)
+from jobs.run import BASE, Run
+from jobs.summary import Source, main_arm, opened, recipe_of, summarise
 from schemas.errors import WinnowError
 from storage.commit import write_file
 
@@ -46,8 +35,9 @@ PIXELATED, THUMB = 64, 144  # images up to the one side are shown pixel by pixel
 
 
 def report(store: Path) -> Path:
-    """Write report.html and summary.json of the newest snapshot into the store; returns the report's path."""
-    with opened(store) as source:
+    """Write report.html and summary.json of the newest snapshot into the store; returns the report's path. Where parts
+    are lost it shows the rest, and says so."""
+    with opened(store, without_lost=True) as source:
         summary = summarise(source)
         html = _render(source, summary, store)
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -55,18 +45,27 @@ def report(store: Path) -> Path:
     return write_file(source.store, "report.html", html.encode())
 
 
+def renew(run: Run) -> None:
+    """The report after a round of a run that goes on: what is only looked at must not end it."""
+    try:
+        report(run.store)
+    except Exception as error:
+        say(f"no report of round {run.round} of {run.arm}: {error}; 'winnow report' tries again")
+
+
 def _render(source: Source, summary: dict[str, Any], store: Path) -> str:
     main = main_arm(summary)
     recipe = recipe_of(source, main) if main else None
-    columns, metrics = _columns(summary), _metrics(summary, recipe)
+    measured = {m for arm in summary["arms"].values() for row in arm["rounds"] for m in row["metrics"]}
+    columns, groups = _columns(summary), grouped(measured, recipe)
     sheet = _sheet(source, columns, recipe)
     rounds = thinned(selected(source, main), _best(summary["arms"].get(main, {})))
     chosen = [candidates(source, recipe, str(main), number) for number in rounds]
-    galleries = [(one.round, one.gallery()) for one in chosen]
+    galleries = [(one.round, one.counts(), one.gallery()) for one in chosen]
     kept = lineage(source, chosen)
     wanted = {tile["sample_id"] for row in sheet for tile in row["tiles"] if tile}
-    wanted |= {tile["sample_id"] for _, shelves in galleries for _, tiles in shelves for tile in tiles}
-    wanted |= {kept["sample"]["sample_id"]} if kept else set()
+    wanted |= {tile["sample_id"] for *_, shelves in galleries for _, tiles in shelves for tile in tiles}
+    wanted |= {kept["sample"]["sample_id"], *kept["parents"]} if kept else set()
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -74,12 +73,32 @@ def _render(source: Source, summary: dict[str, Any], store: Path) -> str:
     environment.globals |= {"shown": shown, "name_of": name_of, "half": _half, "headlines": HEADLINES}
     return environment.get_template("report.html").render(
         summary=summary, main=main, facts=_facts(summary, main), columns=columns,
-        metrics=metrics, curves=plots.curves(summary, metrics), changes=_changes(summary),
+        groups=groups, curves={title: plots.curves(summary, metrics) for title, metrics in groups},
+        changes=_changes(summary), polls=polls(source),
         judged=any(tile and tile["right"] is not None for row in sheet for tile in row["tiles"]),
         sheet=sheet, galleries=galleries, histograms=histograms(source, recipe, chosen), kept=kept,
-        pictures=_pictures(source, wanted), store=shlex.quote(os.path.relpath(store) if _inside(store) else str(store)),
+        times=_times(summary),
+        spenders=sorted({arm for took in summary["stages"].values() for arm in took}),
+        bytes=sum(held["bytes"] for held in summary["tables"].values()),
+        pages=_pages(source.store), pictures=_pictures(source, wanted),
+        store=shlex.quote(os.path.relpath(store) if _inside(store) else str(store)),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True) if recipe else None,
     )  # fmt: skip
+
+
+def _times(summary: dict[str, Any]) -> str | None:
+    stages = summary["stages"]
+    return plots.bars("Time by stage", "all rounds", stages, list(summary["arms"])) if stages else None
+
+
+def _pages(store: Path) -> list[tuple[str, str]]:
+    """Files that lie beside the report for people to read: address and name. By training the newest sheet and the
+    losses."""
+    files = [Path("summary.json")]
+    for folder in sorted(path for path in (store / "reports").glob("*") if path.is_dir()):
+        found = [*sorted(folder.glob("sheet-*.png"))[-1:], *folder.glob("losses.jsonl")]
+        files += [path.relative_to(store) for path in found]
+    return [(quote(path.as_posix()), path.as_posix()) for path in files]
 
 
 def _inside(store: Path) -> bool:
@@ -138,42 +157,6 @@ def _facts(summary: dict[str, Any], main: str | None) -> list[dict[str, str]]:
          "where": f"{main} round {arm['best_round']}, the best"}
         for metric in ("judge_accuracy", "fd_real", "diversity") if metric in summary["base"]
     ]  # fmt: skip
-
-
-def _metrics(summary: dict[str, Any], recipe: Recipe | None) -> dict[str, str]:
-    """Every metric that was measured, the headlines first, with what it is."""
-    found = {m for arm in summary["arms"].values() for row in arm["rounds"] for m in row["metrics"]}
-    roles = {metric: _role(metric, recipe) for metric in found}
-    order = {"training": 1, "held-out": 2, "scorer": 3}
-
-    def place(metric: str) -> tuple[int, int, str]:
-        headline = HEADLINES.index(metric) if metric in HEADLINES else len(HEADLINES)
-        return headline, metric.startswith("win_rate:") * 9 + order.get(roles[metric].split(" ")[0], 0), metric
-
-    return {metric: roles[metric] for metric in sorted(found, key=place)}
-
-
-def _role(metric: str, recipe: Recipe | None) -> str:
-    if metric == "judge_accuracy":
-        return "held-out judge; higher is better"
-    if metric in LOOKS:
-        return "mean over the images, of 1"
-    if metric.startswith("agreement:"):
-        return "rank correlation with the score that selects, within a prompt"
-    head = metric.partition("@")[0]
-    if head == "diversity":
-        return "variance among images of one prompt"
-    if head.partition("_")[0] in MEASURES:
-        better = "lower is better" if head.startswith(DISTANCES) else "higher is better"
-        return "how far from the base's own images" if head.endswith("_d0") else better
-    scorer = metric.removeprefix("win_rate:")
-    if recipe and scorer in {*selecting(recipe), *recipe.select.floors}:
-        kind = "training scorer"
-    elif recipe and (scorer in recipe.evaluate.scorers or scorer == "judge_accuracy"):
-        kind = "held-out judge" if scorer == "judge_accuracy" else "held-out scorer"
-    else:
-        kind = "scorer"
-    return f"{kind}; {'50 % is no difference' if scorer != metric else 'higher is better'}"
 
 
 def _changes(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

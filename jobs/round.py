@@ -35,6 +35,7 @@ from jobs.score import score
 from jobs.select import select
 from jobs.train import train, trained_model
 from jobs.weigh import weigh
+from storage.snapshot import numbers
 
 
 def prepare(run: Run) -> None:
@@ -84,13 +85,16 @@ class Outcome:
 
 
 def loop(run: Run, each: Callable[[Run], None] = lambda run: None) -> Outcome:
-    """Rounds until the guard ends them or the recipe's number is reached; ``each`` is called after every round."""
+    """Rounds until the guard ends them or the recipe's number is reached; ``each`` is called after every round that
+    adds to the store."""
     prepare(run)
     verdict = Verdict("promote", 0, "the base")
     number = 0
     while verdict.verdict == "promote" and number < run.recipe.rounds:
         number += 1
+        sealed = numbers(run.store)
         verdict = play(run.at(number))
-        each(run.at(number))
+        if numbers(run.store) != sealed:
+            each(run.at(number))
     best = run.at(verdict.best_round)
     return Outcome(run.arm, verdict.best_round, trained_model(best), verdict.verdict, verdict.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from schemas.ids import digest
 from schemas.tables import TABLES, fingerprint
 from storage.commit import Part, commit, find
 from storage.layout import part_path
-from storage.snapshot import latest, seal
+from storage.snapshot import Spent, latest, seal
 
 #: The rows that a stage adds, or what gives them and needs no model any more.
 Made = pa.Table | Callable[[], pa.Table]
@@ -60,6 +61,7 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     ``start`` loads the models and gives the work; it is not called where nothing is missing. Returns whether
     the stage is sealed.
     """
+    began = time.perf_counter()
     sealed = latest(run.store).by_path()
     _refuse_second(run, sealed, work_units)
     parts: dict[str, Part] = {}
@@ -83,5 +85,6 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
         part = find(run.store, path)
         assert part is not None, path
         parts[path] = part
-    seal(run.store, stage, list(parts.values()), run.recipe.model_dump(mode="json"))
+    spent = Spent(stage, run.arm, run.round, round(time.perf_counter() - began, 3)) if mine else None
+    seal(run.store, stage, list(parts.values()), run.recipe.model_dump(mode="json"), spent)
     return True

@@ -14,9 +14,10 @@ import numpy as np
 
 from jobs import recipe as recipes
 from jobs.demo import play_arms
+from jobs.metrics import name_of
 from jobs.plots import Line, curve
 from jobs.progress import say
-from jobs.summary import name_of, real_figures
+from jobs.summary import real_figures
 from storage.query import arrow
 
 METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")

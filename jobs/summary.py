@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from curate import guard as rule
-from jobs.evaluate import LOOKS, PROMPT_SET
-from jobs.guard import DISTANCES, history
+from jobs.costs import by_stage, by_table
+from jobs.evaluate import PROMPT_SET
+from jobs.guard import history, warnings
+from jobs.metrics import HEADLINES, Figure, judgement, name_of, noise, shown
 from jobs.recipe import Recipe
 from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
@@ -26,23 +28,15 @@ from storage.layout import check, clean
 from storage.query import connect, unreadable
 from storage.snapshot import Snapshot, latest, load, numbers
 
-HEADLINES = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
-NAMES = {"judge_accuracy": "Judged accuracy", "diversity": "Diversity within a prompt"}
-MEASURES = {
-    "fd": "Fréchet distance to", "kid": "Kernel distance (KID) to", "cmmd": "CMMD to", "density": "Density among",
-    "coverage": "Coverage of",
-}  # fmt: skip
-TARGETS = {"real": "real images", "d0": "D₀"}
-Figure = dict[str, Any]  # value, ci_low, ci_high, n
-
 
 @dataclass(frozen=True)
 class Source:
-    """One snapshot of a store, open for many questions."""
+    """One snapshot of a store, open for many questions. ``lost``: parts that it lists and that are not there."""
 
     store: Path
     snapshot: Snapshot
     connection: duckdb.DuckDBPyConnection
+    lost: tuple[str, ...] = ()
 
     def table(self, sql: str, **params: Any) -> pa.Table:
         return self.connection.sql(sql, params=params or None).to_arrow_table()
@@ -52,13 +46,18 @@ class Source:
 
 
 @contextmanager
-def opened(store: Path) -> Iterator[Source]:
-    """The newest snapshot of a store."""
+def opened(store: Path, without_lost: bool = False) -> Iterator[Source]:
+    """The newest snapshot of a store. A table with a lost part refuses to be read, or is read ``without_lost`` parts:
+    for whoever then says so."""
     home = check(store)
     snapshot = latest(home)
+    lost: tuple[str, ...] = ()
+    if without_lost:
+        lost = tuple(part.path for part in snapshot.parts if not (home / part.path).exists())
+        snapshot = replace(snapshot, parts=tuple(part for part in snapshot.parts if part.path not in lost))
     with connect(home, snapshot) as connection:
         try:
-            yield Source(home, snapshot, connection)
+            yield Source(home, snapshot, connection, lost)
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
             raise unreadable(home, error) from error
 
@@ -102,6 +101,7 @@ def summarise(source: Source) -> dict[str, Any]:
         "base_model": first.model if first else None,
         "snapshot": source.snapshot.number,
         "sealed": source.snapshot.created,
+        "lost": list(source.lost),
         "planned_rounds": first.rounds if first else None,
         "guard_metric": first.guard.metric if first else None,
         "images": sum(row["images"] for row in made),
@@ -109,6 +109,8 @@ def summarise(source: Source) -> dict[str, Any]:
         "base": base,
         "real": real_figures(first),
         "arms": arms,
+        "stages": by_stage(source.snapshot),
+        "tables": by_table(source.snapshot),
     }
     summary["effects"] = list(_effects(summary))
     summary["story"] = list(_story(summary))
@@ -144,6 +146,7 @@ def _arm(source: Source, name: str, evaluated: list[dict[str, Any]], closed: lis
     recipe = recipe_of(source, name)
     judged = recipe.guard.enabled if recipe else True
     last = verdicts[max(verdicts)] if verdicts else {}
+    alarms = _alarms(source, recipe, name, max(verdicts, default=0)) if recipe and judged else []
     best = _best(source, recipe, name, max(metrics, default=0)) if recipe else None
     # A control arm ends with its newest model, whatever that is worth.
     kept = best if judged else max(verdicts, default=None)
@@ -151,7 +154,9 @@ def _arm(source: Source, name: str, evaluated: list[dict[str, Any]], closed: lis
         "judged": judged,
         "finished": last.get("verdict") in ("stop", "rollback"),
         "verdict": last.get("verdict"),
-        "reason": last.get("reason"),
+        # The guard's row says them in one breath.
+        "reason": last["reason"].removesuffix("; ".join(["", *alarms])) if last else None,
+        "alarms": alarms,
         "last_round": max(metrics, default=0),
         "best_round": best,
         "kept_round": kept,
@@ -170,6 +175,14 @@ def _best(source: Source, recipe: Recipe, arm: str, newest: int) -> int | None:
         return None
 
 
+def _alarms(source: Source, recipe: Recipe, arm: str, newest: int) -> list[str]:
+    """What the guard warns of beside its verdict on a round."""
+    try:
+        return warnings(Run(source.store, recipe, newest, arm))
+    except WinnowError:  # a part with evaluations is lost
+        return []
+
+
 def real_figures(recipe: Recipe | None) -> dict[str, float]:
     """What real scenes of the embedded world measure with the same judge."""
     card = WEIGHTS / "card.json"
@@ -178,48 +191,6 @@ def real_figures(recipe: Recipe | None) -> dict[str, float]:
     real = json.loads(card.read_text(encoding="utf-8")).get("parts", {}).get("real", {})
     same = {"judge_accuracy": recipe.evaluate.judge, "diversity": recipe.evaluate.space}
     return {metric: real[metric] for metric, by in same.items() if by == "scene-judge" and metric in real}
-
-
-def name_of(metric: str) -> str:
-    """A metric's name for people."""
-    if metric.startswith("win_rate:"):
-        by = metric.removeprefix("win_rate:")
-        return f"Win rate over the base, {'judged' if by == 'judge_accuracy' else f'by {by}'}"
-    if metric.startswith("agreement:"):
-        return f"Agreement with {metric.removeprefix('agreement:')}"
-    head, _, space = metric.partition("@")
-    measure, _, target = head.partition("_")
-    name = f"{MEASURES[measure]} {TARGETS[target]}" if measure in MEASURES and target in TARGETS else NAMES.get(head)
-    return metric if name is None else name + (f", {space}" if space else "")
-
-
-def percent(metric: str) -> bool:
-    """Whether a metric is a share."""
-    return metric == "judge_accuracy" or metric.startswith(("win_rate:", "coverage_"))
-
-
-def shown(metric: str, value: float | None, digits: int = 4) -> str:
-    """A figure as people read it: shares in percent, others with so many digits."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if percent(metric):
-        return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-    text = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
-    return text.replace("-", "−")
-
-
-def half_width(figure: Figure) -> float | None:
-    """Half the 95 % interval's width. Bootstrapped Fréchet distances are biased upwards, so that their interval can
-    leave out the value: its width is what says how sure the value is."""
-    low, high = figure["ci_low"], figure["ci_high"]
-    return None if low is None or high is None else abs(high - low) / 2
-
-
-def better(metric: str, change: float) -> bool | None:
-    """Whether a change is for the better; None where neither direction is."""
-    if "_d0" in metric or metric in ("diversity", *LOOKS) or metric.startswith("agreement:") or not change:
-        return None
-    return change < 0 if metric.startswith(DISTANCES) else change > 0
 
 
 def _round(arm: dict[str, Any], number: int | None) -> dict[str, Figure]:
@@ -254,7 +225,7 @@ def _compare(
         if metric not in after or metric not in before:
             continue
         old, new = before[metric]["value"], after[metric]["value"]
-        change, error = new - old, _noise(before[metric], after[metric])
+        change, error = new - old, noise(before[metric], after[metric])
         beyond = None if error is None else abs(change) > error
         said = judgement(metric, before[metric], after[metric])
         text = (
@@ -268,25 +239,15 @@ def _compare(
         }  # fmt: skip
 
 
-def _noise(before: Figure, after: Figure) -> float | None:
-    """Half the width of the 95 % interval of a difference; None where one of the two has none."""
-    widths = half_width(before), half_width(after)
-    return None if None in widths else math.hypot(*widths)  # type: ignore[arg-type]
-
-
-def judgement(metric: str, before: Figure, after: Figure) -> str:
-    """Whether a metric got better or worse, or by less than its noise."""
-    change, error = after["value"] - before["value"], _noise(before, after)
-    if error is not None and abs(change) <= error:
-        return "within noise"
-    neither = "higher" if change > 0 else "lower" if change < 0 else "unchanged"
-    word = {True: "better", False: "worse", None: neither}[better(metric, change)]
-    return word if error is not None else f"{word}, of unknown certainty"
-
-
 def _story(summary: dict[str, Any]) -> Iterator[str]:
     """The run in a few sentences, each true of the tables, also where an effect did not appear."""
     arms, base = summary["arms"], summary["base"]
+    if summary["lost"]:
+        lost = len(summary["lost"])
+        yield (
+            f"{lost} sealed part{'s are' if lost > 1 else ' is'} missing, {summary['lost'][0]}{' first' * (lost > 1)}: "
+            "the figures are without those rows. Restore them from a copy, or run their stages again."
+        )
     if not arms:
         yield "The store holds no round yet."
         return
@@ -329,6 +290,8 @@ def _arm_story(name: str, arm: dict[str, Any], summary: dict[str, Any]) -> Itera
     if arm["judged"] and arm["verdict"]:
         number = max(row["round"] for row in arm["rounds"] if row["verdict"])
         yield f"The guard's verdict on round {number} of {name}: {arm['verdict']} ({arm['reason']})."
+    if arm["alarms"]:
+        yield f"Alarms on that round, which do not decide: {'; '.join(arm['alarms'])}."
     if arm["judged"] and arm["kept_round"] is not None:
         model = f" ({arm['model']})" if arm["model"] else ""
         kept = "the base itself" if arm["kept_round"] == 0 else f"that of round {arm['kept_round']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
 from storage.commit import commit_folder
+from storage.snapshot import Spent, seal
 
 if TYPE_CHECKING:
     from jobs.training.cache import Example
@@ -145,6 +147,7 @@ def train(run: Run) -> None:
     if (run.store / name).exists():
         _clear(progress)
         return
+    began = time.perf_counter()
     import torch
 
     from jobs.families import family
@@ -177,6 +180,8 @@ def train(run: Run) -> None:
             now.copy_(start - settings.neon * (now - start))
     if group.is_main_process:
         commit_folder(run.store, name, save)
+        spent = Spent("train", run.arm, run.round, round(time.perf_counter() - began, 3))
+        seal(run.store, "train", [], run.recipe.model_dump(mode="json"), spent)
         _clear(progress)
     group.wait_for_everyone()
 

@@ -24,14 +24,27 @@ ROUND = re.compile(r"round-\d+")  # the folder that the parts of a round stand i
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Wall seconds that the process which finished a stage of a round worked at it. What other shards did, and what a
+    process did that was killed, is in none."""
+
+    stage: str
+    arm: str
+    round: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """Everything that was sealed up to here. `parts` are all live parts, not only those of this stage."""
+    """Everything that was sealed up to here. `parts` are all live parts, not only those of this stage; `spent` is what
+    all stages took."""
 
     number: int = 0
     stage: str = ""
     parts: tuple[Part, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     created: str = ""  # UTC, ISO 8601
+    spent: tuple[Spent, ...] = ()
 
     def by_path(self) -> dict[str, Part]:
         return {part.path: part for part in self.parts}
@@ -74,7 +87,8 @@ def load(root: str | Path, number: int) -> Snapshot:
         if seal_of_body != _sha256(body):
             raise ValueError("its SHA-256 differs")
         parts = tuple(Part(**part) for part in body.pop("parts"))
-        return Snapshot(parts=parts, **body)
+        spent = tuple(Spent(**one) for one in body.pop("spent", ()))
+        return Snapshot(parts=parts, spent=spent, **body)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WinnowError(f"{path}: damaged ({error}); restore it, or read an older snapshot") from error
 
@@ -92,26 +106,30 @@ def _sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def seal(root: str | Path, stage: str, parts: Sequence[Part], recipe: Mapping[str, Any]) -> Snapshot:
+def seal(
+    root: str | Path, stage: str, parts: Sequence[Part], recipe: Mapping[str, Any], spent: Spent | None = None
+) -> Snapshot:
     """Add `parts` to the newest snapshot and write the result as the next one.
 
     Parts that are sealed already are passed over; if all are, the newest snapshot is returned as it is, so a
-    rerun makes none. Raises WinnowError where a part is sealed with other content, or two parts hold one key.
+    rerun makes none. A stage that makes no parts, such as training, is sealed for what it `spent`. Raises
+    WinnowError where a part is sealed with other content, or two parts hold one key.
     `recipe` must be plain JSON.
     """
     home = check(root)
     while True:
         base = latest(home)
         new = _new_parts(base, parts)
-        if not new:
+        if not new and (parts or spent is None):
             return base
         _refuse_double_keys(home, base, new)
         number = base.number + 1
         merged = tuple(sorted([*base.parts, *new], key=lambda part: part.path))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        snapshot = Snapshot(number, stage, merged, dict(recipe), created)
+        took = (*base.spent, *([spent] if spent else []))
+        snapshot = Snapshot(number, stage, merged, dict(recipe), created, took)
         body = asdict(snapshot)
-        body["parts"] = list(body["parts"])
+        body |= {"parts": list(body["parts"]), "spent": list(body["spent"])}
         text = json.dumps({"sha256": _sha256(body), **body}, indent=1)
         with storage_errors(home, _file(number)), staged(home, _file(number)) as draft:
             for part in new:  # found by a rerun, a part may still stand in a folder that was never flushed

@@ -238,6 +238,7 @@ def test_a_loop_can_be_made_longer(winnow: Winnow, copy: Path) -> None:
     said = winnow("loop", *where, "--arm", "naive", *options({}), "--rounds", 2)
     assert said.status == 0 and "round 1 of naive: stop of 1 rounds, going on with 2" in said.err, said.err
     assert rows(copy, "SELECT max(round) AS n FROM rounds WHERE arm = 'naive'") == [{"n": 2}]
+    assert "naive round 2" in (copy / "summary.json").read_text()  # renewed after the round
     assert rows(copy, "SELECT verdict FROM rounds WHERE arm = 'naive' AND round = 1") == [{"verdict": "stop"}]
     assert verify(copy).ok
 

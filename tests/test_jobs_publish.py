@@ -19,8 +19,9 @@ from conftest import World
 from hub_server import TOKEN, Blob, Hub
 from PIL import Image
 
+from jobs.metrics import shown
 from jobs.publish import publish
-from jobs.summary import opened, shown, summarise
+from jobs.summary import opened, summarise
 from jobs.upload import SUMS, Item, item, summed, to_hub
 from schemas.errors import WinnowError
 from storage.verify import verify

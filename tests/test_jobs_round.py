@@ -407,6 +407,17 @@ def test_snapshots_keep_the_recipe_and_the_past(world: World) -> None:
     assert user_query(world.store, "SELECT count(*) FROM samples", found[-1]).to_pylist() == then
 
 
+def test_every_stage_of_a_round_says_what_it_took(world: World) -> None:
+    spent = latest(world.store).spent
+    told = {one.stage.partition(" ")[0] for one in spent if (one.arm, one.round) == ("curated", 1)}
+    expected = {"generate", "embed", "score", "distance", "select", "weigh", "export", "train", "evaluate", "guard"}
+    assert told == expected
+    for arm in world.runs:
+        [seconds] = world.table(f"SELECT seconds FROM rounds WHERE arm = '{arm}' AND round = 1")["seconds"].to_pylist()
+        mine = sum(one.seconds for one in spent if (one.arm, one.round) == (arm, 1) and one.stage != "guard")
+        assert 0.5 * seconds < mine <= seconds + 0.1
+
+
 def test_running_every_stage_again_adds_nothing(world: World) -> None:
     from jobs.round import loop
 

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,22 @@ from PIL import Image
 
 from jobs import recipe as recipes
 from jobs import summary as summaries
-from jobs.report import report, thinned
+from jobs.report import renew, report, thinned
+from jobs.run import Run
+from jobs.votes import cast, strengths
+from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from schemas.tables import TABLES
 from storage.commit import commit
 from storage.layout import create, part_path
 from storage.query import arrow
-from storage.snapshot import seal
+from storage.snapshot import Spent, latest, seal
 
+CHROMIUM = shutil.which("chromium")
+SWITCHES = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 EVIL = "<script>alert(1)</script>"
 EVAL = {1: EVIL, 2: "a red seven on a blue background"}
 TRAIN = {3: '"><img src=x onerror=alert(1)> & more', 4: "a green three", 5: "a white eight left of a red two"}
@@ -60,7 +68,7 @@ class Builder:
         data = pa.Table.from_pylist(rows, schema=TABLES[table].schema)
         part = commit(self.root, table, part_path(table, folders, unit, "0"), data)
         settings = self.recipe.for_arm("curated" if arm == "base" else arm)
-        seal(self.root, table, [part], settings.model_dump(mode="json"))
+        seal(self.root, table, [part], settings.model_dump(mode="json"), Spent(f"{table} of it", arm, round, 1.5))
 
     def samples(self, arm: str, round: int, split: str, prompts: dict[int, str], n: int = 2) -> list[int]:
         rows = []
@@ -213,7 +221,7 @@ def check_closed(html: str) -> None:
     """Nothing is fetched, nothing runs, and the file is small."""
     assert len(html.encode()) < 10 * 2**20
     tags = Tags(html)
-    assert all(link.startswith(("data:", "#")) for link in tags.links)
+    assert all(link.startswith(("data:", "#", "reports/")) or link == "summary.json" for link in tags.links)
     assert not tags.names & {"script", "iframe", "object", "embed", "form"} and not tags.handlers
     assert "@import" not in html and "url(" not in html and "<b>for</b>" not in html
     for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html):
@@ -285,7 +293,9 @@ def test_html_is_whole_and_harmless(whole: Path) -> None:
     html, _ = read(whole)
     check_closed(html)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
-    assert html.count("data:image/svg+xml;base64,") == 7 + 3 * 3  # a curve a metric, three histograms a round
+    charts = 7 + 3 * 3 + 1  # a curve a metric, three histograms a round, the time
+    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', html)) == charts
+    assert len(re.findall(r'href="data:image/svg\+xml;base64,[^"]+" download="winnow [^"]+\.svg"', html)) == charts
     assert "held-out scorer" in html and "training scorer" in html
     assert "prefers-color-scheme: dark" in html and "image-rendering: pixelated" in html
     for number in range(1, 4):
@@ -400,14 +410,159 @@ def test_large_images_are_shrunk(tmp_path: Path) -> None:
     assert "data:image/webp;base64," in html and "picture pixels" not in html
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_opens_it_without_complaint(whole: Path, tmp_path: Path) -> None:
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom", (whole / "report.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    assert "Curves over the rounds" in done.stdout and "<script" not in done.stdout
+def test_what_decides_stands_open_and_the_rest_is_folded(whole: Path) -> None:
+    html, _ = read(whole)
+    curves = html[html.index('id="curves"') : html.index('id="figures"')]
+    first, folded = curves.split("<details>", 1)
+    for title in ("Judged accuracy", "Fréchet distance to real images", "Fréchet distance to D₀", "Diversity"):
+        assert f'alt="{title}' in first
+    assert 'alt="scene-clip' in folded and 'alt="Win rate over the base, judged' in first
+    assert "lower is better; the guard decides by it" in html
+
+
+def test_alarms_are_told_beside_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hacked = {"judge_accuracy": (0.3, 0.5, 0.6, 0.4), "scene-clip": (0.6, 0.7, 0.8, 1.5)}
+    monkeypatch.setitem(METRICS, "curated", METRICS["curated"] | hacked)
+    alarm = "reward hacking: since round 2 scene-clip rose while held-out judge_accuracy fell from 0.6 to 0.4"
+    monkeypatch.setitem(ENDS, "curated", ("rollback", f"best is round 2; {alarm}"))
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.play("curated")
+    report(builder.root)
+    _, summary = read(builder.root)
+    assert summary["arms"]["curated"]["alarms"] == [alarm]
+    told = story(summary)
+    assert "verdict on round 3 of curated: rollback (best is round 2)." in told
+    assert f"Alarms on that round, which do not decide: {alarm}." in told
+
+
+def test_votes_stand_in_the_report(whole: Path, tmp_path: Path) -> None:
+    assert "People's votes" not in read(whole)[0]
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.play("curated", 1)
+    one, two = (
+        arrow(builder.root, f"SELECT sample_id FROM samples WHERE arm = '{arm}' AND split = 'eval' ORDER BY sample_id")
+        for arm in ("base", "curated")
+    )
+    sides = list(zip(one["sample_id"].to_pylist(), two["sample_id"].to_pylist(), strict=True))
+    for voter in ("ada", "bob"):
+        for i, (left, right) in enumerate(sides):
+            cast(builder.root, voter, "appeal", left, right, "left" if i == 0 else "right")
+        cast(builder.root, voter, "faithfulness", *sides[0], "skip")
+    cast(builder.root, EVIL.replace("/", ""), "keep", sides[0][1], None, "keep")
+    strengths(builder.root)
+    report(builder.root)
+    html, _ = read(builder.root)
+    check_closed(html)
+    votes = html[html.index('id="votes"') : html.index('id="sheet"')].replace("\N{NO-BREAK SPACE}", " ")
+    assert "8 votes of 2 voters." in votes and "2 votes of 2 voters, 2 for neither." in votes
+    assert "1 vote of 1 voter: 1 keep, 0 drop." in votes
+    assert re.search(r"<td>curated round 1</td><td>base</td><td class=.n.>75\.0 %</td>", votes)
+    assert votes.index("curated round 1</td><td class") < votes.index("base</td><td class=\"n\">−")
+    # The page of votes says the same as the table.
+    [rate] = arrow(builder.root, "SELECT * FROM win_rates WHERE contestant <> 'base'").to_pylist()
+    assert f"{100 * rate['ci_low']:.1f} % to {100 * rate['ci_high']:.1f} %" in votes
+
+
+def test_time_and_size_are_those_of_the_store(whole: Path) -> None:
+    html, summary = read(whole)
+    snapshot = latest(whole)
+    spent = sum(one.seconds for one in snapshot.spent)
+    assert sum(sum(took.values()) for took in summary["stages"].values()) == pytest.approx(spent)
+    assert summary["stages"]["samples of it"] == {"base": 3.0, "curated": 9.0, "naive": 9.0}
+    assert sum(table["bytes"] for table in summary["tables"].values()) == sum(part.bytes for part in snapshot.parts)
+    assert "The store does not say how long" not in html
+
+
+def test_a_lost_part_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.play("curated", 1)
+    report(builder.root)
+    _, before = read(builder.root)
+    lost = [part.path for part in latest(builder.root).parts if part.table == "scores" and "/round-1/" in part.path]
+    for path in lost:
+        (builder.root / path).unlink()
+    report(builder.root)
+    html, after = read(builder.root)
+    check_closed(html)
+    assert after["lost"] == sorted(lost) and len(lost) == 2
+    assert "2 sealed parts are missing" in story(after) and lost[0] in html and 'role="alert"' in html
+    assert after["arms"]["curated"]["rounds"] == before["arms"]["curated"]["rounds"]
+    gone = [part.path for part in latest(builder.root).parts if part.table == "evaluations"]
+    for path in gone:
+        (builder.root / path).unlink()
+    report(builder.root)
+    assert not read(builder.root)[1]["base"]
+
+
+def test_a_report_that_cannot_be_written_does_not_end_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    (builder.root / "report.html").mkdir()
+    with pytest.raises(WinnowError):
+        report(builder.root)
+    renew(Run(builder.root, builder.recipe, 2, "curated"))
+    said = capsys.readouterr().err
+    assert said.startswith("no report of round 2 of curated: ") and "'winnow report' tries again" in said
+
+
+def test_what_training_left_to_look_at_is_linked(tmp_path: Path) -> None:
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    folder = builder.root / "reports" / "curated-r1 <b>"
+    folder.mkdir()
+    for name in ("sheet-00050.png", "sheet-00100.png", "losses.jsonl"):
+        (folder / name).write_bytes(b"")
+    report(builder.root)
+    html, _ = read(builder.root)
+    links = [link for link in Tags(html).links if not link.startswith(("data:", "#"))]
+    assert links == ["summary.json", "reports/curated-r1%20%3Cb%3E/sheet-00100.png",
+                     "reports/curated-r1%20%3Cb%3E/losses.jsonl"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_opens_it_without_complaint(
+    whole: Path, chromium: Any, tmp_path: Path, scheme: str, width: int
+) -> None:
+    """No errors, no requests, every picture drawn, nothing wider than the screen, and prompts stay text."""
+    context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    problems: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    address = (whole / "report.html").as_uri()
+    page.goto(address)
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    page.wait_for_function("[...document.images].every(one => one.complete && one.naturalWidth > 0)")
+    page.screenshot(path=tmp_path / "report.png", full_page=True)
+    assert problems == [] and {url for url in asked if not url.startswith("data:")} == {address}
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("script").count() == 0 and page.locator("img[onerror]").count() == 0
+    assert page.locator("#sheet th", has_text=EVIL).count() == 1
+    ground = Image.open(tmp_path / "report.png").convert("L").getpixel((2, 2))
+    assert ground > 230 if scheme == "light" else ground < 40
+    with page.expect_download() as saved:
+        page.locator("#curves .save").first.click()
+    assert saved.value.suggested_filename.endswith(".svg")
+    assert Path(saved.value.path()).read_text().startswith("<svg")
+    context.close()

@@ -1,5 +1,6 @@
 """Snapshots: sealing is cumulative, refuses double keys, and a rerun is a no-op."""
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from schemas.tables import TABLES
 from storage.commit import Part, commit, find
 from storage.layout import create, part_path
 from storage.query import arrow
-from storage.snapshot import Snapshot, latest, load, numbers, seal
+from storage.snapshot import Snapshot, Spent, latest, load, numbers, seal
 from storage.verify import verify
 
 
@@ -46,6 +47,27 @@ def test_time_travel(root: Path) -> None:
     assert set(one.parts) < set(two.parts)
     count = "SELECT count(*) AS n FROM scores"
     assert [arrow(root, count, snapshot=s)["n"][0].as_py() for s in (1, one, 2, None)] == [2, 2, 3, 3]
+
+
+def test_what_stages_took_is_kept(root: Path) -> None:
+    one, two = Spent("score clip", "curated", 1, 2.5), Spent("train", "curated", 1, 60.0)
+    parts = [put(root, "a", [1])]
+    assert seal(root, "score", parts, {}, one).spent == (one,)
+    assert seal(root, "score", parts, {}, one).number == 1  # nothing new, so that it counts once
+    assert seal(root, "select", [put(root, "b", [2])], {}).spent == (one,)
+    trained = seal(root, "train", [], {}, two)
+    assert (trained.number, trained.spent, trained.parts) == (3, (one, two), load(root, 2).parts)
+    assert latest(root) == trained and verify(root).ok
+
+
+def test_a_snapshot_of_earlier_times_says_nothing_of_time(root: Path) -> None:
+    seal(root, "score", [put(root, "a", [1])], {})
+    file = root / "snapshots/000001.json"
+    body = json.loads(file.read_text())
+    del body["spent"], body["sha256"]
+    seal_of_body = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({"sha256": seal_of_body, **body}))
+    assert load(root, 1).spent == () and seal(root, "score", [put(root, "b", [2])], {}).number == 2
 
 
 def test_one_round_is_without_the_parts_of_others(root: Path) -> None:

@@ -25,13 +25,19 @@ def round_(
 
 @app.command()
 def loop(
-    recipe: RecipeName = RECIPE, store: StorePath = STORE, arm: Arm = "curated", rounds: Rounds = None, set: Set = None
+    recipe: RecipeName = RECIPE,
+    store: StorePath = STORE,
+    arm: Arm = "curated",
+    rounds: Rounds = None,
+    report: Annotated[bool, typer.Option(help="Renew report.html after every round.")] = True,
+    set: Set = None,
 ) -> None:
     """Play rounds until the guard ends them."""
+    from jobs.report import renew
     from jobs.round import loop as play_all
 
     sets = [*(set or []), *([f"rounds={rounds}"] if rounds else [])]
-    outcome = play_all(open_run(recipe, store, arm, 1, sets))
+    outcome = play_all(open_run(recipe, store, arm, 1, sets), renew if report else lambda run: None)
     print(f"{outcome.verdict}: {outcome.reason}")
     print(f"the model to keep is that of round {outcome.best_round}: {outcome.model}")
 
