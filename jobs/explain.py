@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
 from jobs.sealed import recipe_of, sample_row
+from storage.layout import check
+from storage.query import arrow
 
 
 def explain(store: Path, sample: int) -> str:
     """Lines that tell where a sample comes from, how it scored, why it was kept or dropped and what it weighs."""
+    draft = _draft(store, sample)
+    if draft and not draft["kept"]:
+        where = f"round {draft['round']}, arm {draft['arm']}"
+        begun = f"candidate {sample} of {where}, begun from seed {draft['seed']}, never finished"
+        return "\n".join([begun, f"prompt: {draft['prompt']}", _compared(draft)])
     row = sample_row(store, sample)
     run = Run(store, recipe_of(store, row))
     lines = [
@@ -22,6 +30,7 @@ def explain(store: Path, sample: int) -> str:
         + (f", attempt {row['attempt'] + 1}" if row["attempt"] else "")
         + (f", refined from {row['parent_id']} by {row['refiner']}" if row["parent_id"] else ""),
     ]
+    lines += [_compared(draft)] if draft else []
     lines += _refinement(run, sample)
     for score in run.query(
         "WITH mates AS (SELECT scorer, value, sample_id, count(*) OVER (PARTITION BY scorer) AS n, "
@@ -47,6 +56,26 @@ def explain(store: Path, sample: int) -> str:
         lines.append(f"trained on in {shard['path'].rsplit('/', 1)[0]}")
         break
     return "\n".join(lines)
+
+
+def _draft(store: Path, sample: int) -> dict[str, Any] | None:
+    """What early rejection decided of it, and its place among the images of its prompt; null where there was none."""
+    found = arrow(
+        check(store),
+        "SELECT * FROM (SELECT *, count(*) OVER (PARTITION BY round, arm, prompt_id) AS n, rank() OVER (PARTITION BY "
+        "round, arm, prompt_id ORDER BY value DESC NULLS LAST) AS place FROM drafts) WHERE sample_id = $id",
+        {"id": sample},
+    ).to_pylist()  # fmt: skip
+    return found[0] if found else None
+
+
+def _compared(draft: dict[str, Any]) -> str:
+    value = "no number" if draft["value"] is None else f"{draft['value']:.4f}"
+    return (
+        f"early rejection after step {draft['step']}, by {draft['criterion']}: {value}, rank {draft['place']} of "
+        f"{draft['n']} for its prompt; {'went on' if draft['kept'] else 'ended there'}, {draft['evaluations']} network "
+        "evaluations"
+    )
 
 
 def _refinement(run: Run, sample: int) -> list[str]:

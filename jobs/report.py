@@ -20,6 +20,7 @@ from jobs import plots
 from jobs.candidates import candidates, histograms, lineage, selected
 from jobs.images import decode
 from jobs.recipe import Recipe
+from jobs.rejection import SPENT, saved
 from jobs.run import BASE
 from jobs.select import selecting
 from jobs.summary import (
@@ -38,6 +39,7 @@ from schemas.errors import WinnowError
 from storage.commit import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
+RESULTS = Path(__file__).parent.parent / "results"
 PROMPTS, ROUNDS, ARMS = 8, 8, 4  # at most that many are shown, so that the file stays small
 PIXELATED, THUMB = 64, 144  # images up to the one side are shown pixel by pixel, larger ones are shrunk to the other
 
@@ -74,9 +76,17 @@ def _render(source: Source, summary: dict[str, Any], store: Path) -> str:
         metrics=metrics, curves=plots.curves(summary, metrics), changes=_changes(summary),
         judged=any(tile and tile["right"] is not None for row in sheet for tile in row["tiles"]),
         sheet=sheet, galleries=galleries, histograms=histograms(source, recipe, chosen), kept=kept,
+        rejections=[(row["arm"], row["round"], saved(row)) for row in source.rows(SPENT)],
+        benchmarks=_benchmarks(store),
         pictures=_pictures(source, wanted), store=shlex.quote(os.path.relpath(store) if _inside(store) else str(store)),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True) if recipe else None,
     )  # fmt: skip
+
+
+def _benchmarks(store: Path) -> list[tuple[str, str]]:
+    """The benchmarks' pages of this checkout, name and relative link, for a report that lies in it."""
+    pages = sorted(RESULTS.glob("*.md")) if store.resolve().is_relative_to(RESULTS.parent) else []
+    return [(page.stem, os.path.relpath(page, store.resolve())) for page in pages]
 
 
 def _inside(store: Path) -> bool:
