@@ -25,7 +25,7 @@ from jobs.training.cache import Example, build
 from jobs.training.loop import fine_tune
 from jobs.world.scenes import all_captions
 
-ROWS, STEPS, BATCH = 512, 24, 64
+ROWS, STEPS, BATCH = 512, 48, 64
 
 
 def examples() -> list[Example]:

@@ -79,7 +79,8 @@ def parquet(sink: Sink, schema: pa.Schema) -> Iterator[Write]:
     """Write tables as row groups: images as they are, in plain pages; the rest compressed."""
     options = parquet_options(schema)
     with pq.ParquetWriter(sink, schema, write_batch_size=PAGE_ROWS, **options) as writer:
-        yield partial(writer.write_table, row_group_size=IMAGE_ROWS)
+        # In one piece, because pages end where a piece does: the bytes must not tell how the rows came.
+        yield lambda table: writer.write_table(table.combine_chunks(), row_group_size=IMAGE_ROWS)
 
 
 @contextmanager
@@ -92,17 +93,23 @@ def webdataset(sink: Sink, schema: pa.Schema) -> Iterator[Write]:
 def _members(sink: Sink, table: pa.Table) -> None:
     rest = table.drop_columns(["image", "text", "key"])
     keys, texts = table["key"].to_pylist(), table["text"].to_pylist()
-    images = (image.as_buffer() for image in pc.struct_field(table["image"], 0))
-    for key, image, text, row in zip(keys, images, texts, rest.to_pylist(), strict=True):
+    for key, data, text, row in zip(keys, _files(table), texts, rest.to_pylist(), strict=True):
         scores = {name.removeprefix(SCORE): row.pop(name) for name in rest.column_names if name.startswith(SCORE)}
         # Each key in each row and of one type, as `datasets` wants it: no parent is 0, which is no sample's id.
         row |= {"parent_id": row["parent_id"] or 0, "scores": scores}
         told = ("txt", text.encode()), ("json", json.dumps(row, ensure_ascii=False).encode())
-        data = memoryview(image)
         sink.write(_header(f"{key}.{_kind(data, key)}", len(data)))
         sink.write(data)
         small = ((_header(f"{key}.{name}", len(content)), content, _padding(content)) for name, content in told)
         sink.write(b"".join([_padding(data), *itertools.chain.from_iterable(small)]))
+
+
+def _files(table: pa.Table) -> Iterator[memoryview]:
+    """The image files of a table, where they lie: a scalar of Arrow's would be a copy."""
+    for chunk in pc.struct_field(table["image"], 0).chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        yield from (memoryview(data)[start:end] for start, end in itertools.pairwise(ends))
 
 
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)

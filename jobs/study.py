@@ -31,9 +31,8 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[
     all_rows, outcomes = [], []
     for seed in range(seeds):
         whole = [*settings, (["seed"], seed), (["rounds"], rounds), (["guard", "min_rounds"], rounds)]
-        recipe = recipes.override(recipes.load("embedded"), whole)
         home = store / f"seed-{seed}"
-        outcomes += [{"seed": seed} | vars(outcome) for outcome in play_arms(home, recipe)]
+        outcomes += [{"seed": seed} | vars(outcome) for outcome in play_arms(home, "embedded", whole)]
         rows = arrow(home, "SELECT arm, round, metric, value FROM evaluations ORDER BY ALL").to_pylist()
         all_rows += [{"seed": seed} | row for row in rows]
         say(f"study: seed {seed} done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -188,6 +189,11 @@ def _save(pipe: Any, folder: Path) -> None:
             part.backend_tokenizer.no_padding()
             part.backend_tokenizer.no_truncation()
     pipe.save_pretrained(folder)
+    # Where its parts were loaded from is no property of a model, and would give equal ones different revisions.
+    for file in folder.rglob("*.json"):
+        held = json.loads(file.read_text())
+        if isinstance(held, dict) and held.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(held, indent=2) + "\n")
 
 
 def _clear(progress: Path) -> None:

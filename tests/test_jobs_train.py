@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import World
 from conftest import rows as query
 from safetensors.torch import load_file
 
@@ -197,3 +198,9 @@ def test_two_processes_train_one_model_in_one_store(run: Run, tmp_path: Path) ->
 def test_nothing_is_trained_where_nothing_is_to_be(run: Run) -> None:
     with pytest.raises(WinnowError, match=r"train\.method is 'none': nothing is trained"):
         train(changed(run, method="none"))
+
+
+def test_a_model_does_not_tell_where_it_was_loaded_from(world: World) -> None:
+    """Else equal weights have another revision in every checkout."""
+    files = list((world.store / "models").rglob("*.json"))
+    assert files and not [file for file in files if str(Path(__file__).parents[1]) in file.read_text()]
