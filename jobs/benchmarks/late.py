@@ -104,11 +104,13 @@ def _once(home: Path, data: Cache, settings: Train, name: str, start: Any, seed:
         pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
         if start is not None:
             pipe.unet.load_state_dict(start.state_dict())
-        begun = time.process_time()
-        fine_tune(pipe, data, settings, seed, home / f"{name}.safetensors", f"train {settings.window}")
-        spent = time.process_time() - begun
+        progress, done, begun = home / f"{name}.safetensors", [], time.process_time()
+        fine_tune(pipe, data, settings, seed, progress, f"train {settings.window}", lambda _, step, __: done.append(step))
+        # Of a training that was broken off this process knows its own steps alone.
+        spent = (time.process_time() - begun) * settings.steps / len(done)
         pipe.unet.save_pretrained(folder)
         (folder / "card.json").write_text(json.dumps({"cpu_seconds": spent}))  # last: the model is whole
+        progress.unlink(missing_ok=True)
         say(f"late: window {settings.window}, {settings.steps} steps in {spent:.0f} CPU-seconds")
     network = UNet2DConditionModel.from_pretrained(folder).eval()
     return network, json.loads((folder / "card.json").read_text())["cpu_seconds"]
