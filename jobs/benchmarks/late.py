@@ -104,8 +104,10 @@ def _once(home: Path, data: Cache, settings: Train, name: str, start: Any, seed:
         pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
         if start is not None:
             pipe.unet.load_state_dict(start.state_dict())
-        progress, done, begun = home / f"{name}.safetensors", [], time.process_time()
-        fine_tune(pipe, data, settings, seed, progress, f"train {settings.window}", lambda _, step, __: done.append(step))
+        progress, begun = home / f"{name}.safetensors", time.process_time()
+        done: list[int] = []
+        label = f"train {settings.window}"
+        fine_tune(pipe, data, settings, seed, progress, label, lambda _, step, __: done.append(step))
         # Of a training that was broken off this process knows its own steps alone.
         spent = (time.process_time() - begun) * settings.steps / len(done)
         pipe.unet.save_pretrained(folder)
