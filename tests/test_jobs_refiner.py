@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jobs import latents, masks, models
 from jobs.refine import Refine
-from jobs.refiner import Refiner, level
+from jobs.refiner import Refiner, level_of
 from jobs.scorers import Scorer
 from schemas.errors import WinnowError
 
@@ -221,8 +221,8 @@ def test_cells_are_drawn_evenly() -> None:
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 2**63 - 1))
 def test_a_level_lies_in_its_range(one: float, other: float, seed: int) -> None:
     low, high = sorted((one, other))
-    assert low <= level(Refine(level=(low, high)), seed) <= high + 1e-12
-    assert level(Refine(level=one), seed) == one
+    assert low <= level_of(Refine(level=(low, high)), seed) <= high + 1e-12
+    assert level_of(Refine(level=one), seed) == one
 
 
 def test_a_mask_grows_by_latents_and_blends_inside_its_edge() -> None:
