@@ -12,11 +12,10 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
 .PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
-  verify base study bench \
-  benchmark-ipr lint lock clean
+  verify base study bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -99,6 +98,11 @@ bench: $(READY) ## measure ratios to other ways of doing the same, into results/
 
 benchmark-ipr: $(READY) ## measure iterative partial refinement, into results/ (ARGS="sudoku4 --train": train it first)
 	$(VENV)/bin/python -m jobs.ipr $(ARGS)
+
+benchmark-refine: $(READY) ## what evaluations are best spent on: selection, early rejection, refinement; into results/
+	$(VENV)/bin/python -m jobs.benchmarks refine $(ARGS)
+benchmark-late: $(READY) ## train models of late steps and measure what they repair, into results/ (DATA=mnist_train.npz)
+	$(VENV)/bin/python -m jobs.benchmarks late $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 lint: $(READY) ## check the style and the direction of the imports
 	$(VENV)/bin/ruff check .

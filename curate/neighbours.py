@@ -12,6 +12,7 @@ What an index misses is measured, and it searches wider until that is little.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -159,14 +160,27 @@ def _measured(x: Floats, own: Float64s | None, ref: Reference, found: Ints, k: i
     # Differences of float32 rows lose nothing that matters in float32; others, and directions, are taken in float64.
     single = own is None and max(x.dtype.itemsize, ref.rows.dtype.itemsize) <= 4
     kind = np.float32 if single else np.float64
-    for tile in tiles(len(x), kind().itemsize * found.shape[1] * x.shape[1], TILE_BYTES // 128):
+    def measure(tile: slice) -> None:
         some = found[tile]
-        near, mine = ref.rows[some.reshape(-1)].astype(kind, copy=False), x[tile].astype(kind, copy=False)
+        flat = some.reshape(-1)
+        near = np.take(ref.rows, flat, axis=0).astype(kind, copy=False)
+        mine = x[tile].astype(kind, copy=False)
         if own is not None and ref.length is not None:
-            near, mine = near / ref.length[some.reshape(-1), None], mine / own[tile, None]
+            near, mine = near / ref.length[flat, None], mine / own[tile, None]
         near = near.reshape(*some.shape, -1)
         near -= mine[:, None]
         far = np.where(some < 0, np.inf, np.vecdot(near, near))  # an index may find fewer rows than were asked for
         order = np.argsort(far, axis=1, kind="stable")[:, :k]
         indices[tile], squared[tile] = np.take_along_axis(some, order, 1), np.take_along_axis(far, order, 1)
+
+    threads = faiss.omp_get_max_threads()
+    share = -(-len(x) // threads)
+
+    def several(first: int) -> None:
+        count = min(share, len(x) - first)
+        for tile in tiles(count, kind().itemsize * found.shape[1] * x.shape[1], TILE_BYTES // 128):
+            measure(slice(first + tile.start, first + tile.stop))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(several, range(0, len(x), share)))
     return indices, squared

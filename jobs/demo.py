@@ -43,11 +43,13 @@ def play_arms(store: Path, name: str, settings: list[tuple[list[str], Any]]) -> 
         return [play(arm) for arm in recipe.arms]
     prepare(Run(home, recipe.for_arm(first), 1, first))  # once, what all arms share
     torch.set_num_threads(share)
-    with _processes(home, name, [*settings, (["threads"], share)], others):
-        outcome = play(first)
-    torch.set_num_threads(cores)
-    # What is there is passed over, so that an arm whose process broke off is played to its end here.
-    return [outcome, *(play(arm, lambda run: None) for arm in others)]
+    try:
+        with _processes(home, name, [*settings, (["threads"], share)], others):
+            outcome = play(first)
+        # What is there is passed over, so that an arm whose process broke off is played to its end here.
+        return [outcome, *(play(arm, lambda run: None) for arm in others)]
+    finally:
+        torch.set_num_threads(cores)
 
 
 @contextmanager

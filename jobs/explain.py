@@ -10,6 +10,8 @@ from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
 from jobs.sealed import recipe_of, sample_row
+from storage.layout import check
+from storage.query import arrow
 
 NEIGHBOURS = 3
 
@@ -17,7 +19,11 @@ NEIGHBOURS = 3
 def explain(store: Path, sample: int) -> dict[str, Any]:
     """Where a sample comes from, how it scored, why it was kept or dropped and what it weighs: ``sample`` (its row
     without the image), ``lineage`` (its ancestors, the parent first), ``refinement``, ``children``, ``scores`` with the
-    rank within the prompt, ``distances``, ``nearest`` (rows of D_0), ``selections``, ``shards``."""
+    rank within the prompt, ``distances``, ``nearest`` (rows of D_0), ``selections``, ``shards``; and ``draft``, what
+    early rejection decided of it, alone where that ended it."""
+    draft = _draft(store, sample)
+    if draft and not draft["kept"]:
+        return {"draft": draft}
     row = sample_row(store, sample)
     run = Run(store, recipe_of(store, row))
     del row["image"]
@@ -27,6 +33,7 @@ def explain(store: Path, sample: int) -> dict[str, Any]:
 
     return {
         "sample": row,
+        "draft": draft,
         "lineage": asked(
             "WITH RECURSIVE up AS (SELECT parent_id AS id, 1 AS steps FROM samples WHERE sample_id = $id UNION ALL "
             "SELECT parent_id, steps + 1 FROM up JOIN samples ON sample_id = up.id WHERE steps < 100) "
@@ -68,8 +75,33 @@ def _nearest(run: Run, sample: int) -> list[dict[str, Any]]:
     return [{"sample_id": n, "l2": d, "space": space, "prompt": text[n]} for n, d in near[:NEIGHBOURS]]
 
 
+def _draft(store: Path, sample: int) -> dict[str, Any] | None:
+    """What early rejection decided of it, and its place among the images of its prompt; null where there was none."""
+    found = arrow(
+        check(store),
+        "SELECT * FROM (SELECT *, count(*) OVER (PARTITION BY round, arm, prompt_id) AS n, rank() OVER (PARTITION BY "
+        "round, arm, prompt_id ORDER BY value DESC NULLS LAST) AS place FROM drafts) WHERE sample_id = $id",
+        {"id": sample},
+    ).to_pylist()  # fmt: skip
+    return found[0] if found else None
+
+
+def _compared(draft: dict[str, Any]) -> str:
+    value = "no number" if draft["value"] is None else f"{draft['value']:.4f}"
+    return (
+        f"early rejection after step {draft['step']}, by {draft['criterion']}: {value}, rank {draft['place']} of "
+        f"{draft['n']} for its prompt; {'went on' if draft['kept'] else 'ended there'}, {draft['evaluations']} network "
+        "evaluations"
+    )
+
+
 def words(story: dict[str, Any]) -> str:
     """The story as lines of text."""
+    draft = story["draft"]
+    if draft and not draft["kept"]:
+        where = f"round {draft['round']}, arm {draft['arm']}"
+        begun = f"candidate {draft['sample_id']} of {where}, begun from seed {draft['seed']}, never finished"
+        return "\n".join([begun, f"prompt: {draft['prompt']}", _compared(draft)])
     row = story["sample"]
     lines = [
         f"sample {row['sample_id']}: {row['width']}×{row['height']}, {row['split']} sample of round {row['round']}, "
@@ -79,6 +111,7 @@ def words(story: dict[str, Any]) -> str:
         + (f", attempt {row['attempt'] + 1}" if row["attempt"] else "")
         + (f", refined from {row['parent_id']} by {row['refiner']}" if row["parent_id"] else ""),
     ]
+    lines += [_compared(draft)] if draft else []
     if len(story["lineage"]) > 1:
         lines.append(f"lineage: {' ← '.join(str(one['sample_id']) for one in story['lineage'])}")
     if (note := story["refinement"]) is not None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs import devices, models
 from jobs.images import Format, encode, fault
-from jobs.progress import say
 from jobs.prompts import chosen
+from jobs.rejection import GAPS, Drafts, Reject, draft
 from jobs.run import BASE, Run
-from jobs.stage import Made, Work, complete, units
+from jobs.sampler import Sampler, sampler
+from jobs.scorers import Scorer, scorer
+from jobs.stage import Both, Made, Pair, Work, complete, complete_both, units
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from schemas.settings import Settings
@@ -42,7 +42,8 @@ class Generate(Settings):
     ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
     GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
     an image that shows nothing. ``source``: images to take in instead, a folder, Parquet files or hub:org/name, with
-    their captions in ``column``. ``negative``: guidance away from another model."""
+    their captions in ``column``. ``negative``: guidance away from another model. ``reject``: which of a round's
+    candidates are finished; all images of a prompt are then begun together, also where they are more than ``batch``."""
 
     source: str | None = None
     column: str = "text"
@@ -58,6 +59,27 @@ class Generate(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     compile: bool = False
     retries: int = Field(2, ge=0)
+    reject: Reject | None = None
+
+    @model_validator(mode="after")
+    def _rejects(self) -> Generate:
+        if (reject := self.reject) is None:
+            return self
+        if self.source:
+            raise WinnowError("generate.reject ends sampling early, and generate.source samples nothing; drop one")
+        if reject.keep >= self.images_per_prompt:
+            raise WinnowError(
+                f"generate.reject.keep is {reject.keep} of {self.images_per_prompt} images a prompt, so that none is "
+                "rejected; keep fewer, or raise generate.images_per_prompt"
+            )
+        if self.steps < 2:
+            raise WinnowError("generate.reject needs a step before the last, and generate.steps is 1; raise it")
+        if reject.by in GAPS and self.guidance <= 1:
+            raise WinnowError(
+                f"generate.reject.by {reject.by!r} is of the two predictions that guidance makes, and "
+                f"generate.guidance is {self.guidance:g}; raise it above 1, or reject by a scorer"
+            )
+        return self
 
 
 def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: str) -> pa.Table:
@@ -87,109 +109,6 @@ def away(settings: Generate) -> dict[str, Any]:
     if settings.negative is None:
         return {}
     return {"negative": [models.revision(settings.negative.model), settings.negative.weight]}
-
-
-class Sampler:
-    """Images from texts and seeds, in two halves for two threads: the denoiser works on one batch while the
-    autoencoder works on the batch before. ``texts``: those that will be asked for, in their order."""
-
-    def __init__(self, pipe: Any, settings: Generate, texts: Iterable[str] = ()) -> None:
-        from jobs.families import Conditions
-
-        self.pipe, self.settings = pipe, settings
-        self.conditions = Conditions(pipe, texts, forget=True)
-        self.turn = RLock()  # a pipeline's scheduler counts its steps: one batch at a time
-        self.fits: int | None = None  # how many images the memory has proved too small for, halved
-
-    def __call__(self, texts: list[str], seeds: list[int]) -> np.ndarray:
-        """Float images [N, H, W, 3] in [0, 1]; image i depends on text and seed i alone, but for rounding."""
-        return self.decode(self.denoise(texts, seeds))
-
-    def denoise(self, texts: list[str], seeds: list[int]) -> Tensor:
-        """Their latents [N, C, h, w], on the device."""
-        import torch
-
-        with self.turn:
-            size = min(self.fits or len(texts), len(texts))
-            try:
-                parts = [self._denoise(texts[i : i + size], seeds[i : i + size]) for i in range(0, len(texts), size)]
-                return torch.cat(parts)
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise _too_large(error) from error
-                self.fits = -(-size // 2)
-            # Outside the handler, whose traceback holds on to the tensors.
-            torch.cuda.empty_cache()
-            say(f"generate: {size} images at once do not fit into the memory; going on with {self.fits}")
-            return self.denoise(texts, seeds)
-
-    def _denoise(self, texts: list[str], seeds: list[int]) -> Tensor:
-        import torch
-
-        settings, pipe, kind = self.settings, self.pipe, self.conditions.family
-        told = self.conditions(texts)
-        if kind.guided and settings.guidance > 1:
-            nothing = self.conditions([None] * len(texts))
-            told |= {f"negative_{key}": value for key, value in nothing.items()}
-        made = pipe(
-            **{key: value.to(pipe._execution_device) for key, value in told.items()},
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            width=settings.width,
-            height=settings.height,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="latent",
-        ).images
-        return kind.unpack(pipe, made, settings.height, settings.width)
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents [N, C, h, w] → float images [N, H, W, 3] in [0, 1]."""
-        import torch
-
-        from jobs.latents import decode
-
-        with suppress(torch.OutOfMemoryError):
-            return decode(self.pipe.vae, latents)
-        with self.turn:  # beside a batch that is denoised they did not fit; alone they may
-            torch.cuda.empty_cache()
-            try:
-                return decode(self.pipe.vae, latents)
-            except torch.OutOfMemoryError as error:
-                raise _too_large(error) from error
-
-
-def _too_large(error: Exception) -> WinnowError:
-    return WinnowError(
-        f"generate: one image does not fit into the memory ({str(error).splitlines()[0][:120]}); lower generate.width "
-        "and height, or take a smaller model or generate.dtype"
-    )
-
-
-def sampler(model: str, settings: Generate, texts: Iterable[str] = ()) -> Sampler:
-    """The sampler of a model, in the precision and layout that the settings ask for."""
-    import torch
-
-    from jobs.families import family
-
-    pipe = models.load(model, getattr(torch, settings.dtype) if settings.dtype else None)
-    kind = family(pipe)
-    network = kind.model(pipe)
-    fits = kind.patch * pipe.vae_scale_factor
-    for key, side in (("width", settings.width), ("height", settings.height)):
-        if side and side % fits:
-            raise WinnowError(f"generate.{key} is {side}: this model takes multiples of {fits}; give one")
-    if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
-        pipe.vae.float()  # SDXL's overflows in float16
-    if pipe.device.type == "cuda":
-        network.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
-    if settings.negative:
-        from jobs.negative import lead_away
-
-        lead_away(pipe, settings.negative)
-    if settings.compile:
-        kind.model(pipe).compile()
-    return Sampler(pipe, settings, texts)
 
 
 def sound(draw: Sampler, rows: list[dict[str, Any]], latents: Tensor) -> list[dict[str, Any]]:
@@ -236,17 +155,28 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     else:
         prompts, per_prompt = settings.prompts, settings.images_per_prompt
     settings = sampling(run)
+    reject = settings.reject if split == "train" else None
     model = model or (run.recipe.model if run.arm == BASE else run.start_model())
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
-    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "negative"}
+    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "negative", "reject"}
     dtype = settings.dtype or str(devices.dtype())
     making = settings.model_dump(mode="json", exclude=apart) | {"dtype": dtype} | away(settings)
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
-    work = units("samples", folders, rows, settings.batch, spec)
-    return complete(run, f"generate {split}", "samples", work, lambda: _work(run, split, model, revision, rows))
+    if reject is None:
+        work = units("samples", folders, rows, settings.batch, spec)
+        return complete(run, f"generate {split}", "samples", work, lambda: _work(run, split, model, revision, rows))
+    judge = None if reject.by in GAPS else scorer(reject.by)
+    spec = [*spec, reject.model_dump(mode="json"), judge and judge.revision]
+    whole = max(1, settings.batch // per_prompt) * per_prompt  # all images of a prompt are compared
+    notes = units("drafts", {"round": run.round, "arm": run.arm}, rows, whole, spec)
+    images = units("samples", folders, rows, whole, spec)
+    return complete_both(
+        run, f"generate {split}", "drafts", notes, images,
+        lambda: _rejecting(run, reject, judge, model, revision, rows),
+    )  # fmt: skip
 
 
 def column(model: str, revision: str) -> str:
@@ -254,25 +184,54 @@ def column(model: str, revision: str) -> str:
     return f"{model if models.locate(model) == model else models.locate(model).name}@{revision}"
 
 
-def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) -> Work:
-    settings = sampling(run)
-    draw = sampler(model, settings, planned["prompt"].to_pylist())
-    name = column(model, revision)
+def _files(run: Run, split: Split, draw: Sampler, name: str, rows: list[dict[str, Any]], latents: Tensor) -> pa.Table:
+    """The rows of ``samples`` for planned rows with their latents."""
+    done, format = [], draw.settings.format
+    for row in sound(draw, rows, latents):
+        pixels = row.pop("pixels")
+        file = {"bytes": encode(pixels, format), "path": f"{row['sample_id']}.{format}"}
+        height, width = pixels.shape[:2]
+        done.append(row | {"round": run.round, "arm": run.arm, "split": split, "model": name,
+                           "width": width, "height": height, "image": file})  # fmt: skip
+    return pa.Table.from_pylist(done, schema=TABLES["samples"].schema)
 
-    def files(rows: list[dict[str, Any]], latents: Tensor) -> pa.Table:
-        done = []
-        for row in sound(draw, rows, latents):
-            pixels = row.pop("pixels")
-            file = {"bytes": encode(pixels, settings.format), "path": f"{row['sample_id']}.{settings.format}"}
-            height, width = pixels.shape[:2]
-            done.append(row | {"round": run.round, "arm": run.arm, "split": split, "model": name,
-                               "width": width, "height": height, "image": file})  # fmt: skip
-        return pa.Table.from_pylist(done, schema=TABLES["samples"].schema)
+
+def _work(run: Run, split: Split, model: str, revision: str, planned: pa.Table) -> Work:
+    draw = sampler(model, sampling(run), planned["prompt"].to_pylist())
+    files = partial(_files, run, split, draw, column(model, revision))
 
     def work(some: pa.Table) -> Made:
         rows = some.to_pylist()
         finish = partial(files, rows, draw.denoise([row["prompt"] for row in rows], [row["seed"] for row in rows]))
         # On a CPU the two halves would take the cores from each other, and threads that wait for each other lose both.
+        return finish() if devices.device() == "cpu" else finish
+
+    return work
+
+
+def _rejecting(run: Run, reject: Reject, judge: Scorer | None, model: str, revision: str, planned: pa.Table) -> Both:
+    """The same with early rejection: the finished samples, and of every begun one what was decided."""
+    draw = sampler(model, sampling(run), planned["prompt"].to_pylist())
+    files = partial(_files, run, "train", draw, column(model, revision))
+    step = reject.step(draw.settings.steps)
+
+    def told(rows: list[dict[str, Any]], made: Drafts) -> pa.Table:
+        notes = [
+            {key: row[key] for key in ("sample_id", "prompt_id", "prompt", "seed")}
+            | {"round": run.round, "arm": run.arm, "criterion": reject.by, "step": step, "kept": bool(kept),
+               "value": float(value) if np.isfinite(value) else None, "evaluations": int(spent)}
+            for row, kept, value, spent in zip(rows, made.kept, made.values, made.evaluations, strict=True)
+        ]  # fmt: skip
+        return pa.Table.from_pylist(notes, schema=TABLES["drafts"].schema)
+
+    def work(some: pa.Table) -> Pair | Callable[[], Pair]:
+        rows, groups = some.to_pylist(), some["prompt_id"].to_numpy()
+        made = draft(draw, reject, judge, [row["prompt"] for row in rows], [row["seed"] for row in rows], groups)
+        finished = [row for row, kept in zip(rows, made.kept, strict=True) if kept]
+
+        def finish() -> Pair:
+            return files(finished, made.latents), told(rows, made)
+
         return finish() if devices.device() == "cpu" else finish
 
     return work

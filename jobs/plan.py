@@ -2,14 +2,15 @@
 
 Operations are counted, not guessed: the networks are built without memory (PyTorch's meta device) in their true
 shape and PyTorch counts the floating-point operations of one pass. Hours follow from a sustained rate. Left out are
-the time of scoring, embedding and text encoding (a few per cent) and the vectors on disk (32 kB an image in the
-latents of Stable Diffusion, about 2 kB in CLIP).
+the time of scoring (early rejection's, too), embedding and text encoding (a few per cent) and the vectors on disk
+(32 kB an image in the latents of Stable Diffusion, about 2 kB in CLIP).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from schemas.errors import WinnowError
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
+    from jobs.refine import Refine
 
 #: Sustained TFLOP/s: 40 % of an H100's dense bfloat16 peak of 989, what well-tuned sampling loops reach.
 TFLOPS = 400.0
@@ -74,13 +76,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes in all: images by split, bytes on disk by kind, and GPU-hours by stage."""
+    """What a recipe takes in all: images by split, bytes on disk by kind, and GPU-hours by stage; ``spared``: the share
+    of the candidates' network evaluations that early rejection saves."""
 
     images: dict[str, int]
     bytes: dict[str, float]
     hours: dict[str, float]
     tflops: float
     pixels: tuple[int, int]
+    spared: float = 0.0
 
     def lines(self) -> list[str]:
         """For people: one line each."""
@@ -91,7 +95,9 @@ class Plan:
             f"disk     {_size(disk)}: {_parts(self.bytes, _size)}",
             f"hours    {hours:,.3g} GPU-hours at {self.tflops:g} sustained TFLOP/s: "
             f"{_parts(self.hours, lambda h: f'{h:.3g}')}",
-        ]  # fmt: skip
+        ] + [f"spared   {self.spared:.0%} of the candidates' network evaluations, by early rejection"] * (
+            self.spared > 0
+        )  # fmt: skip
 
 
 def _parts(values: dict[str, Any], shown: Any) -> str:
@@ -106,8 +112,11 @@ def _size(count: float) -> str:
 
 
 def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> Plan:
-    """The whole run of one arm. ``prompts``: how many are kept, where the recipe keeps all that pass."""
-    made, trained, measured = recipe.generate, recipe.train, recipe.evaluate
+    """The whole run of one arm. ``prompts``: how many are kept, where the recipe keeps all that pass.
+
+    How many images refine.where is true of shows in the run alone: refined are, by this count, those that it names by
+    ``"rank:…" <= K``, else all candidates, but no more than ``refine.limit``."""
+    made, trained, measured, again = recipe.generate, recipe.train, recipe.evaluate, recipe.refine
     kept = recipe.prompts.keep or prompts
     if kept is None:
         raise WinnowError("plan: the recipe keeps all prompts that pass; say how many with --prompts")
@@ -117,9 +126,12 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     width, height = made.width or shape.side, made.height or shape.side
     judged = trained.method != "none"
     rounds = recipe.rounds
+    asked = min(made.prompts or learned, learned)
+    finished = made.reject.keep if made.reject else made.images_per_prompt
     images = {
         "D_0": min(recipe.reference.prompts or learned, learned) * recipe.reference.images_per_prompt,
-        "candidates": 0 if made.source else min(made.prompts or learned, learned) * made.images_per_prompt * rounds,
+        "candidates": 0 if made.source else asked * finished * rounds,
+        "refined": 0 if again.where is None else _chosen(again, asked, finished) * again.loops * rounds,
         "evaluation": min(measured.prompts or held_out, held_out) * measured.images_per_prompt * (rounds + 1) * judged,
     }
     # Shards that accumulate hold the rounds before them again.
@@ -136,14 +148,35 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
         "models": (weights + 4 * rest * (trained.method == "full")) * rounds,
         "training state": (4 if trained.ema else 3) * weights,
     }
-    passes = made.steps * (2 if made.guidance > 1 and not _told(recipe.model) else 1)
-    image = passes * shape.step + shape.decode
+
+    def image(steps: float, guidance: float) -> float:
+        """TFLOP of an image."""
+        return steps * (2 if guidance > 1 and not _told(recipe.model) else 1) * shape.step + shape.decode
+
+    begun = made.steps * made.images_per_prompt
+    if made.reject:
+        step = made.reject.step(made.steps)
+        begun = step * made.images_per_prompt + (made.steps - step) * finished
+    spared = 1 - begun / (made.steps * made.images_per_prompt)
+    steps = dict.fromkeys(images, made.steps) | {
+        "candidates": begun / finished, "refined": max(1, round(sum(again.levels) / 2 * again.steps)),
+    }  # fmt: skip
+    guidance = dict.fromkeys(images, made.guidance)
+    if again.guidance is not None:
+        guidance["refined"] = again.guidance
     # Backward costs twice the forward pass; checkpointing repeats the forward pass.
     sample = (4 if trained.checkpointing else 3) * shape.step
     per_hour = tflops * 3600
-    hours = {name: count * image / per_hour for name, count in images.items()}
+    hours = {name: count * image(steps[name], guidance[name]) / per_hour for name, count in images.items()}
     hours["training"] = judged * rounds * trained.steps * trained.batch * sample / per_hour
-    return Plan(images, disk, hours, tflops, (width, height))
+    return Plan(images, disk, hours, tflops, (width, height), spared)
+
+
+def _chosen(settings: Refine, prompts: int, per_prompt: int) -> int:
+    """How many images of a round are refined, at most."""
+    best = re.fullmatch(r'\s*"rank:[^"]+"\s*(<?=)\s*(\d+)\s*', settings.where or "")
+    each = per_prompt if best is None else min(int(best[2]), per_prompt) if best[1] == "<=" else 1
+    return min(prompts * each, settings.limit or prompts * each)
 
 
 def _rest(model: str) -> int:

@@ -111,7 +111,8 @@ def curve(
         if ceiling is not None:
             axes.axhline(scale * ceiling, color=GREY, linestyle="--", linewidth=1, label="real images")
         last = max((max(line.rounds) for line in lines), default=0)
-        axes.set_xlim(-0.25, max(1, last) + 0.25)
+        edge = max(0.25, last / 50)  # room for the marks at both ends
+        axes.set_xlim(-edge, max(1, last) + edge)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_xlabel(axis, loc="left", labelpad=1)

@@ -10,19 +10,18 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from jobs import devices, models, samples
-from jobs.generate import away, column, sampler
+from jobs.generate import away, column
 from jobs.images import encode, images_of
 from jobs.pool import ask, pool, scorers
 from jobs.progress import say
 from jobs.run import Run, ids
+from jobs.sampler import sampler
 from jobs.scorers import ScorerName, scorer
-from jobs.stage import Work, complete, units
+from jobs.stage import complete_both, units
 from schemas.errors import WinnowError
 from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
-from storage.commit import commit
-from storage.snapshot import latest
 from storage.views import identifier
 
 if TYPE_CHECKING:
@@ -108,34 +107,16 @@ def refine(run: Run) -> bool:
     folders = {"round": run.round, "arm": run.arm, "split": "train"} | samples.CHILDREN
     images = units("samples", folders, rows, settings.batch, spec)
     notes = units("refinements", {"round": run.round, "arm": run.arm}, rows, settings.batch, spec)
-    place = {int(ids(unit.rows)[0]): unit.path for unit in images}
 
-    def attempts() -> Callable[[pa.Table], tuple[pa.Table, pa.Table]]:
+    def start() -> Callable[[pa.Table], tuple[pa.Table, pa.Table]]:
         from jobs.refiner import Refiner
 
         made = sampler(model, making, rows["prompt"].to_pylist())
         worker = Refiner(made.pipe, settings, guidance, judge, made.conditions)
         return lambda some: _attempts(run, worker, column(model, revision), digest(spec), some)
 
-    def noted() -> Work:
-        work = attempts()
-
-        def both(some: pa.Table) -> pa.Table:
-            made, told = work(some)
-            path = place[int(ids(some)[0])]
-            commit(run.store, "samples", path, made, latest(run.store).by_path().get(path))
-            return told
-
-        return both
-
-    def pictured() -> Work:
-        work = attempts()
-        return lambda some: work(some)[0]
-
-    # Sealed first is what tells whether an image was accepted: no stage can see it without.
-    if not complete(run, "refine", "refinements", notes, noted):
-        return False
-    return complete(run, "refine", "samples", images, pictured)
+    # Which were accepted is sealed first: no stage can see an image without it.
+    return complete_both(run, "refine", "refinements", notes, images, start)
 
 
 def chosen(run: Run, settings: Refine) -> pa.Table:

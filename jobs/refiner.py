@@ -21,6 +21,7 @@ from jobs import masks, sampling
 from jobs.families import Conditions, family
 from jobs.images import fault
 from jobs.latents import decode, encode
+from jobs.memory import Halves
 from jobs.refine import Refine
 from jobs.scorers import Scorer
 from schemas.errors import WinnowError
@@ -51,6 +52,7 @@ class Refiner:
     ) -> None:  # fmt: skip
         self.pipe, self.settings, self.guidance, self.judge = pipe, settings, guidance, judge
         self.conditions = conditions or Conditions(pipe)
+        self.halves = Halves("refine", "leave images of that size out with refine.where, or take a smaller model")
 
     def __call__(self, images: np.ndarray, prompts: list[str], seeds: Sequence[Sequence[int]]) -> Iterator[Attempts]:
         """Loops over images uint8 [N, H, W, 3]; ``seeds``: by loop, then by image. What becomes of an image depends
@@ -107,24 +109,28 @@ class Refiner:
         inside = inside.to(now.device)
         noise = sampling.noise(now.shape[1:], seeds, now.device)
         times = sampling.starts(self.pipe, settings.steps, now)
-        first = [sampling.begin(times, level(settings, seed)) for seed in seeds]
+        first = [sampling.begin(times, level_of(settings, seed)) for seed in seeds]
         made, evaluations = now.clone(), [0] * len(seeds)
-        for place in sorted(set(first)):  # those of one level go together
-            rows = [i for i, other in enumerate(first) if other == place]
+
+        def walked(rows: list[int], level: float) -> sampling.Step:
             some = None if inside[rows].all() else inside[rows]
             steps = sampling.walk(
                 self.pipe, {key: value[rows] for key, value in told.items()},
                 untold and {key: value[rows] for key, value in untold.items()}, noise[rows], settings.steps,
-                self.guidance, now[rows], times[place] / 1000, some, _random(seeds, rows),
+                self.guidance, now[rows], level, some, _random(seeds, rows),
             )  # fmt: skip
-            [last] = deque(steps, maxlen=1)
-            made[rows] = last.x
+            return deque(steps, maxlen=1)[0]
+
+        for place in sorted(set(first)):  # those of one level go together
+            rows, level = [i for i, other in enumerate(first) if other == place], times[place] / 1000
+            ends = self.halves(len(rows), lambda some, rows=rows, level=level: walked(rows[some], level))
+            made[rows] = torch.cat([end.x for end in ends])
             for i in rows:
-                evaluations[i] = last.evaluations
+                evaluations[i] = ends[0].evaluations
         return made, inside, [text for _, text in drawn], [times[i] / 1000 for i in first], evaluations
 
 
-def level(settings: Refine, seed: int) -> float:
+def level_of(settings: Refine, seed: int) -> float:
     """The level of one sample and loop: the recipe's, or drawn evenly from its range."""
     low, high = settings.levels
     return low + (high - low) * float(np.random.default_rng([seed, 1]).random())

@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from jobs import models
-from jobs.generate import sampler, sampling
+from jobs.generate import sampling
 from jobs.images import decode, encode
 from jobs.run import Run
+from jobs.sampler import sampler
 from jobs.sealed import recipe_of, sample_row
 from schemas.errors import WinnowError
 from storage.layout import check

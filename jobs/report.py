@@ -24,12 +24,14 @@ from jobs.metrics import HEADLINES, Figure, grouped, half_width, name_of, shown
 from jobs.polls import polls
 from jobs.progress import say
 from jobs.recipe import Recipe
+from jobs.rejection import SPENT, saved
 from jobs.run import BASE, Run
 from jobs.summary import Source, main_arm, opened, recipe_of, summarise
 from schemas.errors import WinnowError
 from storage.commit import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
+RESULTS = Path(__file__).parent.parent / "results"
 PROMPTS, ROUNDS, ARMS = 8, 8, 4  # at most that many are shown, so that the file stays small
 PIXELATED, THUMB = 64, 144  # images up to the one side are shown pixel by pixel, larger ones are shrunk to the other
 
@@ -77,10 +79,10 @@ def _render(source: Source, summary: dict[str, Any], store: Path) -> str:
         changes=_changes(summary), polls=polls(source),
         judged=any(tile and tile["right"] is not None for row in sheet for tile in row["tiles"]),
         sheet=sheet, galleries=galleries, histograms=histograms(source, recipe, chosen), kept=kept,
-        times=_times(summary),
+        times=_times(summary), rejections=[(row["arm"], row["round"], saved(row)) for row in source.rows(SPENT)],
         spenders=sorted({arm for took in summary["stages"].values() for arm in took}),
         bytes=sum(held["bytes"] for held in summary["tables"].values()),
-        pages=_pages(source.store), pictures=_pictures(source, wanted),
+        pages=_pages(source.store), benchmarks=_benchmarks(source.store), pictures=_pictures(source, wanted),
         store=shlex.quote(os.path.relpath(store) if _inside(store) else str(store)),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True) if recipe else None,
     )  # fmt: skip
@@ -99,6 +101,12 @@ def _pages(store: Path) -> list[tuple[str, str]]:
         found = [*sorted(folder.glob("sheet-*.png"))[-1:], *folder.glob("losses.jsonl")]
         files += [path.relative_to(store) for path in found]
     return [(quote(path.as_posix()), path.as_posix()) for path in files]
+
+
+def _benchmarks(store: Path) -> list[tuple[str, str]]:
+    """The benchmarks' pages of this checkout, name and relative link, for a report that lies in it."""
+    pages = sorted(RESULTS.glob("*.md")) if store.resolve().is_relative_to(RESULTS.parent) else []
+    return [(page.stem, os.path.relpath(page, store.resolve())) for page in pages]
 
 
 def _inside(store: Path) -> bool:

@@ -9,7 +9,8 @@ without its resampling), and the original itself at the end.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,10 @@ def noise(shape: Sequence[int], seeds: Sequence[int], device: Any, dtype: torch.
 
 def starts(pipe: Any, steps: int, like: Tensor) -> list[float]:
     """The timesteps of a walk over latents of the shape of ``like`` [N, C, h, w], falling; a walk can begin at each."""
-    scheduler = pipe.scheduler
+    return _starts(pipe, deepcopy(pipe.scheduler), steps, like)
+
+
+def _starts(pipe: Any, scheduler: Any, steps: int, like: Tensor) -> list[float]:
     scheduler.set_timesteps(device=like.device, **family(pipe).timing(pipe, steps, like))
     if _plms(scheduler):
         return scheduler.timesteps.unique().flip(0).tolist()
@@ -93,15 +97,16 @@ def walk(
     pipe: Any, told: Condition, untold: Condition | None, noise: Tensor, steps: int, guidance: float,
     clean: Tensor | None = None, level: float = 1.0, mask: Tensor | None = None,
     random: list[torch.Generator] | None = None,
-) -> Iterator[Step]:  # fmt: skip
+) -> Generator[Step, Sequence[int] | None, None]:  # fmt: skip
     """The steps of one batch, of ``steps`` from pure noise.
 
     ``noise`` [N, C, h, w] sets device and precision; ``untold``: the condition of no text, for families that are
     guided by a second pass, and unused at guidance ≤ 1. With ``clean`` latents, the walk begins with them at the first
     timestep at or below ``level`` · 1000; with a ``mask`` [N, 1, h, w] too, only what it is true for changes.
-    ``random``: for schedulers that draw noise in each step.
+    ``random``: for schedulers that draw noise in each step. Sent some rows, the walk goes on with these alone. It has a
+    scheduler of its own, so that several walks can take turns.
     """
-    kind, scheduler, n = family(pipe), pipe.scheduler, len(noise)
+    kind, scheduler, n = family(pipe), deepcopy(pipe.scheduler), len(noise)
     predicts, dtype = objective(scheduler).kind, kind.model(pipe).dtype
     guided = kind.guided and guidance > 1
     if guided:
@@ -109,7 +114,7 @@ def walk(
         told = {key: torch.cat([untold[key], value]) for key, value in told.items()}
     elif not kind.guided:
         told = told | {"guidance": noise.new_full((n,), guidance, dtype=torch.float32)}
-    every = starts(pipe, steps, noise)
+    every = _starts(pipe, scheduler, steps, noise)
     first = begin(every, level) * scheduler.order if clean is not None else 0
     times = scheduler.timesteps[first:]
     if first and _plms(scheduler):
@@ -138,4 +143,21 @@ def walk(
             assert clean is not None, "a mask keeps clean latents"
             last = i == len(times) - 1
             x = torch.where(mask, x, clean if last else _noised(scheduler, clean, noise, times[i + 1]))
-        yield Step(x, float(t), estimate, gap, (i + 1) * (2 if guided else 1))
+        rows = yield Step(x, float(t), estimate, gap, (i + 1) * (2 if guided else 1))
+        if rows is not None:
+            some = torch.as_tensor(rows, device=x.device)
+            twice = torch.cat([some, some + len(x)]) if guided else some
+            told = {key: value[twice] for key, value in told.items()}
+            _keep(scheduler, x.shape, some)
+            x, clean, mask = (None if part is None else part[some] for part in (x, clean, mask))
+            noise, more = noise[some], {key: [given[row] for row in rows] for key, given in more.items() if given}
+
+
+def _keep(scheduler: Any, shape: torch.Size, rows: Tensor) -> None:
+    """Leave of a scheduler's history, tensors of the latents' own shape, these rows."""
+
+    def some(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.shape == shape else value
+
+    for name, value in vars(scheduler).items():
+        setattr(scheduler, name, [some(one) for one in value] if isinstance(value, list) else some(value))

@@ -23,6 +23,9 @@ from storage.snapshot import Spent, latest, seal
 Made = pa.Table | Callable[[], pa.Table]
 #: From rows to the rows that the stage adds.
 Work = Callable[[pa.Table], Made]
+#: The same for samples together with a second table that tells of them: (samples, notes).
+Pair = tuple[pa.Table, pa.Table]
+Both = Callable[[pa.Table], Pair | Callable[[], Pair]]
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,37 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     spent = Spent(stage, run.arm, run.round, round(time.perf_counter() - began, 3)) if mine else None
     seal(run.store, stage, list(parts.values()), run.recipe.model_dump(mode="json"), spent)
     return True
+
+
+def complete_both(
+    run: Run, stage: str, table: str, notes: Sequence[Unit], images: Sequence[Unit], start: Callable[[], Both]
+) -> bool:
+    """As ``complete``, for samples and a ``table`` that the same work makes: ``notes`` and ``images`` are units of the
+    same rows. The notes are sealed first, so that no sample is ever seen without its own."""
+    place = {int(ids(unit.rows)[0]): unit.path for unit in images}
+
+    def noted() -> Work:
+        work = start()
+
+        def some_work(some: pa.Table) -> Made:
+            made, path = work(some), place[int(ids(some)[0])]
+
+            def finish() -> pa.Table:
+                pictures, told = made() if callable(made) else made
+                commit(run.store, "samples", path, pictures, latest(run.store).by_path().get(path))
+                return told
+
+            return finish if callable(made) else finish()
+
+        return some_work
+
+    def pictured() -> Work:
+        work = start()
+
+        def some_work(some: pa.Table) -> Made:
+            made = work(some)
+            return (lambda: made()[0]) if callable(made) else made[0]
+
+        return some_work
+
+    return complete(run, stage, table, notes, noted) and complete(run, stage, "samples", images, pictured)

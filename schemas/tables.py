@@ -89,6 +89,11 @@ TABLES: dict[str, Table] = {
             "image:image",
         ),
         _table(
+            "drafts", key="sample_id", finite="",
+            columns="sample_id:int64 round:int32 arm:string prompt_id:int64 prompt:string seed:int64 criterion:string "
+            "value:float64? step:int32 evaluations:int32 kept:bool",
+        ),
+        _table(
             "refinements", key="sample_id", finite="level",
             columns="sample_id:int64 parent_id:int64 round:int32 mask:string level:float64 loop:int32 "
             "evaluations:int32 scorer:string? score_before:float64? score_after:float64? accepted:bool",

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from schemas.errors import WinnowError
-from schemas.tables import IMAGE, TABLES, fingerprint
+from schemas.tables import IMAGE, TABLES, Table, fingerprint
 
 if TYPE_CHECKING:
     from storage.commit import Part
@@ -50,12 +50,12 @@ def scan(root: Path, paths: Iterable[str], filename: bool = False) -> str:
 
 def of_another_layout(part: Part) -> bool:
     """Whether a part was written with other columns than this Winnow's table has."""
-    return part.table not in TABLES or part.fingerprint.split("-")[0] != _layout(part.table)
+    return part.table not in TABLES or part.fingerprint.split("-")[0] != _layout(TABLES[part.table])
 
 
 @lru_cache
-def _layout(name: str) -> str:
-    return fingerprint(TABLES[name].schema)
+def _layout(table: Table) -> str:
+    return fingerprint(table.schema)
 
 
 def views(

@@ -1,5 +1,6 @@
 """The documents are true: their commands exist, and their snippets run."""
 
+import importlib
 import os
 import re
 import shlex
@@ -8,17 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import World
 
 from jobs.cli import app
+from schemas.tables import IMAGE, TABLES
+from storage.layout import create
+from storage.query import script, user_query
 
 HOME = Path(__file__).parent.parent
 README = (HOME / "README.md").read_text()
 MAKEFILE = (HOME / "Makefile").read_text()
 QUERIES = (HOME / "docs" / "queries.md").read_text()
+STORE_PAGE = (HOME / "docs" / "store.md").read_text()
 DOCUMENTS = sorted([*HOME.glob("*.md"), *(HOME / "docs").rglob("*.md")])
+HOW_TOS = sorted((HOME / "docs" / "how-to").glob("*.md"))
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
@@ -108,6 +115,45 @@ def test_the_twenty_queries_are_twenty_and_most_find_something(world: World) -> 
     assert len(found) == 20 and sum(rows > 0 for rows in found) >= 18, found
 
 
+def sections(text: str) -> list[tuple[str, str]]:
+    """Headings of the third level and what stands below them."""
+    return re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
+
+
+def cells(body: str) -> list[list[str]]:
+    """The rows of the one table of a section."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_store_page_has_every_table_with_its_columns() -> None:
+    words = {pa.int64(): "int64", pa.int32(): "int32", pa.float64(): "float64", pa.bool_(): "bool",
+             pa.string(): "string", IMAGE: "image", pa.list_(pa.float16()): "vector"}  # fmt: skip
+    tables, _, _ = STORE_PAGE.partition("\n## Views\n")
+    said = {
+        name: (tuple(re.findall(r"`(\w+)`", re.search(r"^Key: (.*?)\.", body, re.MULTILINE)[1])),  # type: ignore[index]
+               [(row[0], row[1]) for row in cells(body)])
+        for name, body in sections(tables)
+    }  # fmt: skip
+    assert said == {
+        name: (table.key, [(field.name, words[field.type] + "?" * (field.name not in table.required))
+                           for field in table.schema])
+        for name, table in TABLES.items()
+    }  # fmt: skip
+
+
+def test_the_store_page_has_every_view_with_its_columns(tmp_path: Path) -> None:
+    store = create(tmp_path / "store")
+    said = {
+        name: [column for row in cells(body) for column in row[0].split(", ")]
+        for name, body in sections(STORE_PAGE.partition("\n## Views\n")[2])
+    }
+    made = {name: user_query(store, f"SELECT * FROM {name}").column_names for name in said}
+    assert said == made
+    views = set(re.findall(r'CREATE OR REPLACE VIEW "(\w+)"', script(store)))
+    assert views == {*TABLES, *said}
+
+
 @pytest.mark.parametrize("line", [line for line in commands(README) if re.match(r"winnow (sql|verify)", line)])
 def test_questions_to_the_store_run(world: World, winnow: Callable[..., Any], line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
@@ -133,7 +179,34 @@ def test_python_snippets_run(
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", blocks(README, "yaml"))
+@pytest.mark.parametrize("page", HOW_TOS, ids=lambda path: path.name)
+def test_how_to_snippets_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A snippet whose first line names a file becomes that file; the others run and print something."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)
+    for code in blocks(page.read_text(), "python"):
+        first = code.splitlines()[0].removeprefix("# ")
+        if first.endswith(".py"):
+            (tmp_path / first).parent.mkdir(exist_ok=True)
+            (tmp_path / first).write_text(code)
+        else:
+            exec(compile(code, page.name, "exec"), {})
+            assert capsys.readouterr().out
+    for module, name in re.findall(r"(mine\.\w+):(\w+)", page.read_text()):
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("name", ["methods.md", "limits.md"])
+def test_figures_with_an_error_are_those_of_the_results(name: str) -> None:
+    results = "\n".join(path.read_text() for path in (HOME / "results").glob("*.md"))
+    figures = re.findall(r"-?[\d.]+ ± [\d.]+", (HOME / "docs" / name).read_text())
+    assert len(figures) > 2 and [figure for figure in figures if figure not in results] == []
+
+
+@pytest.mark.parametrize("text", [text for path in DOCUMENTS for text in blocks(path.read_text(), "yaml")])
 def test_recipe_snippets_load(text: str) -> None:
     from jobs import recipe as recipes
 

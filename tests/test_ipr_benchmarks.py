@@ -178,12 +178,12 @@ def test_the_distance_is_that_of_the_nearest(hand: dict[str, Digits]) -> None:
 # Even pixels.
 
 
-def test_even_pixels_are_512_of_two_complementary_colours() -> None:
+def test_half_of_the_pixels_are_of_each_of_two_complementary_colours() -> None:
     images, classes = EvenPixels().draw(40, np.random.default_rng(0))
-    assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8 and classes is None
+    assert images.shape == (40, 16, 16, 3) and images.dtype == np.uint8 and classes is None
     for image in images:
         colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
-        assert counts.tolist() == [512, 512]
+        assert counts.tolist() == [128, 128]
         one, other = (360 * colorsys.rgb_to_hsv(*(colour / 255))[0] for colour in colours)
         assert abs((one - other) % 360 - 180) < 1
     assert EvenPixels().valid(images).all()
@@ -210,7 +210,7 @@ def test_noise_that_keeps_the_sides_is_forgiven() -> None:
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (0, 255, 255)])
 def test_a_picture_of_one_colour_is_not_even(colour: tuple[int, int, int]) -> None:
-    assert not EvenPixels().valid(np.full((1, 32, 32, 3), colour, np.uint8)).any()
+    assert not EvenPixels().valid(np.full((1, 16, 16, 3), colour, np.uint8)).any()
 
 
 @given(st.floats(0, 359.9))

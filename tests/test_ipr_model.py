@@ -106,16 +106,16 @@ def test_the_loss_is_its_formula(kind: float) -> None:
     x, guess = rng.normal(size=(2, 3, 5, 4))
     t = rng.choice([0.0, 0.05, 0.4, 1.0], (3, 5))
     log_var, logits, classes = rng.normal(size=(3, 5)), rng.normal(size=(3, 5, 6)), rng.integers(0, 6, (3, 5))
+    weights = rng.choice([0.0, 0.5, 3.0], (3, 5))
     expected = 0.0
     for i in range(3):
         for r in range(5):
-            if t[i, r] == 0:
-                continue
             e = np.square(guess[i, r] - x[i, r]).mean()
-            expected += e / max(t[i, r], 0.1) ** 2
-            expected += 0.01 * 0.5 * (e / np.exp(log_var[i, r]) + log_var[i, r])
-            expected += kind * (np.log(np.exp(logits[i, r]).sum()) - logits[i, r, classes[i, r]])
-    told = [torch.from_numpy(a) for a in (x, t, classes)]
+            each = e / max(t[i, r], 0.1) ** 2
+            each += 0.01 * 0.5 * (e / np.exp(log_var[i, r]) + log_var[i, r])
+            each += kind * (np.log(np.exp(logits[i, r]).sum()) - logits[i, r, classes[i, r]])
+            expected += weights[i, r] * each
+    told = [torch.from_numpy(a) for a in (x, t, weights, classes)]
     found = Prediction(*(torch.from_numpy(a) for a in (guess, log_var, logits)))
     assert loss(found, *told, kind).item() == pytest.approx(expected / 15, rel=1e-5)
 
@@ -124,7 +124,7 @@ def test_certainty_does_not_bend_the_prediction() -> None:
     x = torch.zeros(1, 2, 3)
     guess = torch.ones(1, 2, 3, requires_grad=True)
     log_var = torch.tensor([[5.0, -5.0]], requires_grad=True)
-    loss(Prediction(guess, log_var, None), x, torch.ones(1, 2), None).backward()
+    loss(Prediction(guess, log_var, None), x, torch.ones(1, 2), torch.ones(1, 2), None).backward()
     assert guess.grad is not None and log_var.grad is not None
     torch.testing.assert_close(guess.grad, torch.full((1, 2, 3), 2 / 6))  # the first term's alone
     assert log_var.grad[0, 0] > 0 > log_var.grad[0, 1]  # towards an error of 1

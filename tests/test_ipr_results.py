@@ -9,17 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jobs.ipr import WEIGHTS, benchmarks
 from jobs.ipr.__main__ import main
-from jobs.ipr.benchmarks import BENCHMARKS, task
-from jobs.ipr.measure import Bench, methods, rate
+from jobs.ipr.benchmarks import BENCHMARKS, build, task
+from jobs.ipr.measure import Bench, budgets, measure, methods, rate
 from jobs.ipr.model import RegionTransformer, Shape
+from jobs.ipr.page import choices, findings
 from jobs.ipr.refine import refine
 from jobs.ipr.sampler import Pass
 from jobs.ipr.train import Training, load
+from schemas.errors import WinnowError
 
-TINY = {"shape": Shape(16, 1, 2), "training": Training(2, batch=4), "steps": 1, "again": 1, "budgets": (80,)}
+HOME = Path(__file__).parent.parent
+TINY = {
+    "shape": Shape(16, 1, 2), "training": Training(2, batch=4), "start": Pass(1), "again": Pass(1),
+    "iterations": (4, 16),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def test_a_benchmark_writes_its_figures_page_and_pictures(out: Path) -> None:
     for name, one in found(out).items():
         assert f"## {name}\n" in page and (out / f"ipr-{name}.svg").read_text().startswith("<svg")
         assert one["n"] == 5 and one["machine"] and one["threads"] >= 1 and one["model"]["figures"]["cpu_seconds"] >= 0
-        assert one["ceiling"]["rate"] > 0.7 and len(one["retention"]) == 4
+        assert one["ceiling"]["rate"] > 0.7 and len(one["retention"]) == 6
         for row in one["rows"]:
             assert row["n"] == 5 and row["rate"] == row["valid"] / 5 and row["low"] <= row["rate"] <= row["high"]
             assert f"| {row['method']} |" in page and f"| {row['evaluations']} |" in page
@@ -84,9 +91,35 @@ def test_no_method_has_more_evaluations_than_its_budget() -> None:
                 assert method.again is not None
                 look = method.choice in ("uncertain", "conflict")
                 spent = method.start.length(regions) + mark * (method.again.length(count) + look)
-                assert spent <= max(how.budgets)
+                assert spent <= max(budgets(how, regions))
         names = {(method.name, method.fraction) for method in methods(how, regions)}
         assert {("IPR", 0.25), ("whole image", 1.0), ("sequential", 0.0)} <= names
+        # The sequential sampler gets all that IPR spends, but for less than one more step of each region.
+        passes = [method.start for method in methods(how, regions) if method.name == "sequential"]
+        for budget, one in zip(budgets(how, regions), passes[1:], strict=True):
+            assert one.length(regions) <= budget < replace(one, steps=one.steps + 1).length(regions)
+            assert one.overlap == how.start.overlap
+
+
+def test_findings_compare_the_last_iteration_with_the_best_of_the_others() -> None:
+    def row(method: str, valid: float, evaluations: int, **more: float) -> dict[str, Any]:
+        return {"method": method, "rate": valid, "se": 0.03, "evaluations": evaluations, "given": 0.0} | more
+
+    ipr = {"fraction": 0.25, "level": 1.0}
+    rows = [
+        row("IPR", 0.9, 50, **ipr), row("IPR", 0.8, 100, **ipr), row("IPR", 0.99, 100, fraction=0.5, level=1.0),
+        row("sequential", 0.6, 100), row("sequential", 0.5, 48), row("sequential", 0.95, 101),
+        row("whole image", 0.82, 60, fraction=1.0, level=0.3), row("whole image", 0.7, 100, fraction=1.0, level=0.5),
+    ]  # fmt: skip
+    [line] = findings({"rows": rows})
+    assert "0% given, 100 evaluations: IPR is valid in 80.0 ± 3.0 %" in line
+    assert "+20.0 ± 4.2 over sequential (60.0 ± 3.0, 100)" in line  # the one of 101 evaluations is not asked
+    assert "-2.0 ± 4.2 over whole image at level 0.3 (82.0 ± 3.0, 60)" in line and "restart" not in line
+    rows += [row("least certain regions", 0.85, 49), row("least certain regions", 0.95, 99)]
+    assert choices({"rows": rows}) == [
+        "- Least certain regions instead of random ones, in points (evaluations): "
+        "-5.0 ± 4.2 (49 and 50); +15.0 ± 4.2 (99 and 100)."
+    ]
 
 
 def test_given_regions_are_those_of_a_real_board_to_the_end() -> None:
@@ -121,6 +154,18 @@ def test_what_cannot_be_run_is_said_in_one_line(words: list[str], capsys: pytest
     assert said.startswith("ipr: ") and said.count("\n") == 1
 
 
+def test_a_model_is_not_measured_on_other_handwriting(tmp_path: Path) -> None:
+    """Its slices may hold what the model has seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmarks.BENCHMARKS, "sudoku4", replace(BENCHMARKS["sudoku4"], **TINY))
+        build("sudoku4", None, 1, tmp_path)
+    config = json.loads((tmp_path / "sudoku4" / "config.json").read_text())
+    assert config["handwriting"] == "scikit-learn digits" and "sudoku4 --train" in config["made_by"]
+    np.savez(tmp_path / "ink.npz", images=np.zeros((1000, 28, 28), np.uint8), labels=np.arange(1000) % 10)
+    with pytest.raises(WinnowError, match=r"learned from scikit-learn digits, not ink\.npz"):
+        measure("sudoku4", tmp_path, 4, 0, str(tmp_path / "ink.npz"))
+
+
 # What ships.
 
 
@@ -134,3 +179,25 @@ def test_the_shipped_model_is_small_and_far_above_chance() -> None:
     first = bench.valid(x).mean()
     *_, after = refine(bench.sampler(1), x, bench.free, 8, 0.25, Pass(2))
     assert evaluations == 32 and first > 0.2 and bench.valid(after).mean() > first
+
+
+def test_the_published_figures_are_whole() -> None:
+    figures = found(HOME / "results")
+    page = (HOME / "results" / "ipr.md").read_text()
+    assert "sudoku4" in figures
+    for name, one in figures.items():
+        assert one["n"] >= 500 and all(row["n"] == one["n"] for row in one["rows"])
+        assert (HOME / "results" / f"ipr-{name}.svg").exists()
+        for row in one["rows"]:
+            assert f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}" in page
+    for picture in (HOME / "results").glob("ipr-*.png"):
+        with Image.open(picture) as shown:
+            assert shown.size[0] > 100 and picture.stat().st_size < 100_000
+
+
+def test_the_readme_quotes_the_published_figures() -> None:
+    text = (HOME / "README.md").read_text().split("## Iterative partial refinement")[1].split("\n## ")[0]
+    rows = [row for row in found(HOME / "results")["sudoku4"]["rows"] if not row["given"]]
+    shares = {(f"{row['evaluations']}", f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f} %") for row in rows}
+    quoted = re.findall(r"\| (\d+) \| ([\d.]+ ± [\d.]+ %) \|", text)
+    assert len(quoted) >= 6 and set(quoted) <= shares

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from jobs.ipr.times import draw, mean_beta, sequential, shared
+from jobs.ipr.times import density, draw, mean_beta, sequential, shared
 
 N = 20_000
 
@@ -66,11 +66,33 @@ def test_any_number_of_regions_is_finished_equally_often() -> None:
     assert stats.kstest(active, "uniform").pvalue > 0.001
 
 
+def test_more_regions_split_more_evenly() -> None:
+    """Of their sum, 16 regions' halves differ by no more than those of as many independent levels do."""
+    levels = mean_beta(N, 16, np.random.default_rng(0))
+    middle = np.abs(levels.mean(1) - 0.5) < 0.05
+    independent = np.random.default_rng(1).random((N, 16)).std(1).mean()
+    assert 0.6 * independent < levels[middle].std(1).mean() < 1.2 * independent
+
+
+@pytest.mark.parametrize("regions", [2, 16, 81])
+def test_the_weight_makes_every_level_count_alike(regions: int) -> None:
+    """The loss weight 1 / density, on levels that it was not estimated from."""
+    assert density(regions).mean() == pytest.approx(1)
+    levels = mean_beta(N, regions, np.random.default_rng(7)).ravel()
+    weights = 1 / density(regions)[np.minimum((levels * 50).astype(int), 49)]
+    counts = np.histogram(levels, 10, (0, 1), weights=weights)[0] / len(levels)
+    assert np.abs(counts - 0.1).max() < 0.004
+    assert np.abs(np.histogram(levels, 10, (0, 1))[0] / len(levels) - 0.1).max() > 0.005 or regions == 2
+
+
 def test_the_three_ways_have_their_shares() -> None:
-    levels = draw(N, 16, np.random.default_rng(0))
-    assert levels.dtype == np.float32 and levels.shape == (N, 16)
+    levels, weights = draw(N, 16, np.random.default_rng(0))
+    assert levels.dtype == weights.dtype == np.float32 and levels.shape == weights.shape == (N, 16)
     one = (levels == levels[:, :1]).all(1)
     assert stats.binomtest(int(one.sum()), N, 0.3).pvalue > 0.001
-    # Whole levels come from sequential sampling, and from the bounds of mean-beta.
-    noisy_only = ~one & (levels > 0).all(1) & (levels < 1).all(1)
-    assert 0.02 < noisy_only.mean() < 0.3
+    moment = ((levels == 0) | (levels == 1)).any(1)
+    assert stats.binomtest(int(moment.sum()), N, 0.4).pvalue > 1e-4  # but for moments without a whole level
+    assert (weights[levels == 0] == 0).all() and (weights[one] == 1).all()
+    assert (weights[moment][levels[moment] > 0] == 1).all()
+    mean_betas = ~one & ~moment
+    assert (np.unique(weights[mean_betas]).size > 10) and weights[mean_betas].mean() == pytest.approx(1, abs=0.02)

@@ -231,7 +231,7 @@ def test_a_memory_too_small_is_met_with_halves(
 
     monkeypatch.setattr(draw, "_denoise", small)
     np.testing.assert_allclose(draw(texts, seeds), expected, atol=1e-5)
-    assert sizes == [7, 4, 2, 2, 2, 1] and draw.fits == 2
+    assert sizes == [7, 4, 2, 2, 2, 1] and draw.halves.fits == 2
     assert "7 images at once do not fit into the memory; going on with 4" in capsys.readouterr().err
     sizes.clear()
     draw(texts[:4], seeds[:4])

@@ -32,6 +32,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH: apt-get install chromium")
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync"]  # fmt: skip
+LOADED = "which => [...document.querySelectorAll(which)].every(image => image.naturalWidth === 16)"
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def test_a_browser_compares_pairs(store: Path, seen: Seen, tmp_path: Path) -> No
         assert page.locator("#count").inner_text() == "0 of 4"
         expected = Booth(store, ballot).view("Ada")
         assert page.locator("#left img").get_attribute("src") == f"/image/{expected['left']}"
-        page.wait_for_function("[...document.querySelectorAll('#pair img')].every(i => i.naturalWidth === 16)")
+        page.wait_for_function(LOADED, arg="#pair img")
         assert page.locator("#question").inner_text() == "Which image looks better?"
         page.screenshot(path=tmp_path / "pair.png")
         seen.step("ArrowLeft")
@@ -311,7 +312,7 @@ def test_a_browser_compares_pairs(store: Path, seen: Seen, tmp_path: Path) -> No
         seen.step("u")
         assert page.locator("#count").inner_text() == "2 of 4"
         page.click("#right")
-        page.wait_for_function("document.getElementById('count').innerText === '3 of 4'")
+        page.wait_for_function("() => document.getElementById('count').innerText === '3 of 4'")
         seen.step("s")
         page.wait_for_selector("#done:not([hidden])")
         page.screenshot(path=tmp_path / "done.png")
@@ -333,7 +334,7 @@ def test_a_browser_picks_candidates(store: Path, seen: Seen, tmp_path: Path) -> 
     with serving(store, ballot) as port:
         enter(seen, port, "Bob")
         assert page.locator("#count").inner_text() == "0 of 40, 0 kept"
-        page.wait_for_function("[...document.querySelectorAll('.tile img')].every(i => i.naturalWidth === 16)")
+        page.wait_for_function(LOADED, arg=".tile img")
         seen.step("k")  # the first, and on to the second
         seen.step("d")
         seen.step("k")
@@ -344,14 +345,14 @@ def test_a_browser_picks_candidates(store: Path, seen: Seen, tmp_path: Path) -> 
         choices = page.locator(".tile").evaluate_all("tiles => tiles.map(tile => tile.dataset.choice)")
         assert choices[:4] == ["keep", "drop", "drop", ""] and len(choices) == 24
         page.keyboard.press("n")
-        page.wait_for_function("document.querySelectorAll('.tile').length === 16")
+        page.wait_for_function("() => document.querySelectorAll('.tile').length === 16")
         seen.step("k")
         page.keyboard.press("p")
-        page.wait_for_function("document.querySelectorAll('.tile').length === 24")
+        page.wait_for_function("() => document.querySelectorAll('.tile').length === 24")
         page.locator(".tile").nth(5).click()
-        page.wait_for_function("document.getElementById('count').innerText === '5 of 40, 3 kept'")
+        page.wait_for_function("() => document.getElementById('count').innerText === '5 of 40, 3 kept'")
         page.reload()
-        page.wait_for_function("document.getElementById('count').innerText === '5 of 40, 3 kept'")
+        page.wait_for_function("() => document.getElementById('count').innerText === '5 of 40, 3 kept'")
         sound(seen, port)
     ids = ballot.tasks[0].ids
     found = {row["sample_id"]: row["choice"] for row in ask(store, "SELECT sample_id, choice FROM opinions")}
@@ -393,7 +394,7 @@ def test_the_page_fits_a_phone(store: Path, chromium: Any, tmp_path: Path) -> No
     seen = Seen(context.new_page(), [], [])
     with serving(store, pairs(store, ["base", "curated:1"], 2)) as port:
         enter(seen, port, "Ada")
-        seen.page.wait_for_function("[...document.querySelectorAll('#pair img')].every(i => i.naturalWidth === 16)")
+        seen.page.wait_for_function(LOADED, arg="#pair img")
         seen.page.screenshot(path=tmp_path / "phone.png")
         assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     context.close()

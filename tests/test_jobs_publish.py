@@ -22,11 +22,12 @@ from PIL import Image
 from jobs.metrics import shown
 from jobs.publish import publish
 from jobs.summary import opened, summarise
-from jobs.upload import SUMS
+from jobs.upload import SUMS, Item, item, summed, to_hub
 from schemas.errors import WinnowError
 from storage.verify import verify
 
 Winnow = Callable[..., Any]
+Two = list[list[Item]]
 LICENSED = [(["publish", "license"], "cc-by-4.0")]
 TO = "ada/digits"
 REPO = f"datasets/{TO}"
@@ -119,7 +120,8 @@ def test_a_selection_in_a_folder(world: World, tmp_path: Path, winnow: Winnow, m
         "SELECT DISTINCT scorer FROM scores JOIN selections USING (sample_id) WHERE selection = 'curated'"
     )
     assert scorers and all(f"| {row['scorer']} |" in body for row in scorers)
-    assert Image.open(folder / "assets" / "samples.png").size[0] == 8 * 128
+    with Image.open(folder / "assets" / "samples.png") as sheet:
+        assert sheet.size[0] == 8 * 128
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["model"] == "embedded" and recipe["seed"] == world.recipe.seed
 
@@ -150,7 +152,7 @@ def test_a_whole_store_is_a_store_again(world: World, tmp_path: Path, winnow: Wi
     assert json.loads(said.out) == world.rows("SELECT count(*) AS n FROM curated")
     problems = verify(folder).problems
     assert problems and all(problem.startswith("shards/") for problem in problems)  # they are left out
-    [row] = world.rows("SELECT sample_id FROM samples WHERE round = 1 AND arm = 'curated' ORDER BY sample_id LIMIT 1")
+    [row] = world.rows("SELECT min(sample_id) AS sample_id FROM samples WHERE round = 1 AND split = 'train'")
     assert winnow("replay", row["sample_id"], "--store", folder).status == 0
 
 
@@ -224,7 +226,7 @@ def test_nothing_is_published_without_answers(world: World, tmp_path: Path, winn
         (["--round", "9"], "round 9 of 'curated' is not exported"),
         (["--what", "model", "--round", "9"], "trained no model there"),
         (["--recipe", "sdxl-lora"], "give the recipe of that run"),
-        (["--set", "publish.licence=mit"], "did you mean license"),
+        (["--set", "publish.licence=mit"], "did you mean 'license'"),
     ],
 )
 def test_what_cannot_be_published_is_one_line(
@@ -357,11 +359,24 @@ def test_what_is_published_no_more_is_removed(world: World, hub: Hub) -> None:
     assert ".gitattributes" in after
 
 
+@pytest.fixture(scope="module")
+def two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    """The files that two rounds are published as, the first with one that the second has not."""
+    made = []
+    for round in (1, 2):
+        folder = tmp_path_factory.mktemp("two") / "out"
+        publish(world.store, TO, sets=LICENSED, round=round, folder=folder)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+        items = [item(path.relative_to(folder).as_posix(), path) for path in paths]
+        made.append(summed([*items, item("data/extra.parquet", b"extra")] if round == 1 else items))
+    return made
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_wherever_it_fails_it_goes_on_and_nobody_sees_half(world: World, hub: Hub, when: str) -> None:
+def test_wherever_it_fails_it_goes_on_and_nobody_sees_half(two: Two, hub: Hub, when: str) -> None:
     """Round 1 is published; then round 2, with each request refused in turn, until a run needs no request that is
     refused. "after": the Hub did what it was asked, and only the answer is lost."""
-    publish(world.store, TO, sets=LICENSED, round=1)
+    to_hub(two[0], TO, "dataset", private=True)
     repo = hub.repos[REPO]
     old = repo.files()
     start = dict(repo.commits), dict(repo.branches), dict(repo.tags), dict(repo.large)
@@ -373,7 +388,7 @@ def test_wherever_it_fails_it_goes_on_and_nobody_sees_half(world: World, hub: Hu
         hub.refuse = lambda n, path, number=number: when if n == number else None  # type: ignore[misc]
         failed = False
         try:
-            publish(world.store, TO, sets=LICENSED, round=2)
+            to_hub(two[1], TO, "dataset", private=True)
         except WinnowError as error:
             failed = True
             assert "run the same command again" in str(error) and TOKEN not in str(error), error
@@ -382,7 +397,7 @@ def test_wherever_it_fails_it_goes_on_and_nobody_sees_half(world: World, hub: Hu
         if failed:
             failures += 1
             seen = repo.files()
-            publish(world.store, TO, sets=LICENSED, round=2)
+            to_hub(two[1], TO, "dataset", private=True)
             new = new or repo.files()
             assert seen in (old, new), f"request {number} left half of it"
             assert all(files in (old, new) for files in tags.values())
@@ -394,7 +409,7 @@ def test_wherever_it_fails_it_goes_on_and_nobody_sees_half(world: World, hub: Hu
     assert failures >= 12 and not failed
 
 
-def test_the_first_publication_survives_every_refusal(world: World, hub: Hub) -> None:
+def test_the_first_publication_survives_every_refusal(two: Two, hub: Hub) -> None:
     empty = {".gitattributes"}
     number, done = 0, False
     while not done:
@@ -403,12 +418,12 @@ def test_the_first_publication_survives_every_refusal(world: World, hub: Hub) ->
         hub.asked.clear()
         hub.refuse = lambda n, path, number=number: "after" if n == number else None  # type: ignore[misc]
         try:
-            publish(world.store, TO, sets=LICENSED, round=1)
+            to_hub(two[0], TO, "dataset", private=True)
             done = number > len(hub.asked)
         except WinnowError:
             hub.refuse = lambda n, path: None
             assert REPO not in hub.repos or len(hub.repos[REPO].files()) == 1 or SUMS in hub.repos[REPO].files()
-            publish(world.store, TO, sets=LICENSED, round=1)
+            to_hub(two[0], TO, "dataset", private=True)
         files = hub.repos[REPO].files()
         assert empty < set(files) and hub.repos[REPO].private
         listed = {line[66:]: line[:64] for line in files[SUMS].decode().splitlines()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jobs import latents, masks, models
 from jobs.refine import Refine
-from jobs.refiner import Refiner, level
+from jobs.refiner import Refiner, level_of
 from jobs.scorers import Scorer
 from schemas.errors import WinnowError
 
@@ -89,6 +89,33 @@ def test_without_pasting_what_is_kept_is_as_the_autoencoder_gives_it(pipe: Any, 
     assert error(loops[0].pixels).mean() < 1.2 * error(once).mean()
     assert error(loops[7].pixels).mean() < 0.7 * error(thrice).mean()
     assert (error(run(pipe, images, mask="box", box=(0, 0, 1, 0.4))[0].pixels) == 0).all()
+
+
+def test_partial_refinement_leaves_the_rest_within_the_autoencoders_tolerance(pipe: Any, images: np.ndarray) -> None:
+    """Random regions, loop upon loop, nothing pasted: where none has been, an image is at most a little further from
+    the original than one round trip takes it, however far the rest has changed; and edges do not show more than before.
+    """
+
+    def error(some: np.ndarray) -> np.ndarray:
+        return np.abs(some.astype(int) - images)
+
+    trip = np.round(latents.decode(pipe.vae, latents.encode(pipe.vae, images)) * 255).astype(np.uint8)
+    seeds = [[100 * k + i for i in range(4)] for k in range(3)]
+    loops = run(pipe, images, seeds=seeds, mask="random", grid=4, share=0.15, dilate=1, paste=None, level=0.6)
+    untouched = np.ones(images.shape[:3], bool)
+    for attempts in loops:
+        for i in range(4):
+            # A latent beyond the mask: the decoder sees across the edge.
+            untouched[i] &= outside(attempts.regions[i], *images.shape[1:3], pipe.vae_scale_factor, 2)
+        assert 0.05 < untouched.mean() < 0.9
+        assert error(attempts.pixels)[untouched].mean() < 1.2 * error(trip)[untouched].mean()
+        assert np.quantile(error(attempts.pixels)[untouched], 0.99) < 1.2 * np.quantile(error(trip)[untouched], 0.99)
+    assert error(loops[-1].pixels)[~untouched].mean() > 2 * error(trip)[~untouched].mean()
+    for attempts in loops:
+        edges = [~outside(text, *images.shape[1:3], pipe.vae_scale_factor, 1) for text in attempts.regions]
+        seams = [masks.seam(one, edge) for one, edge in zip(attempts.pixels, edges, strict=True)]
+        before = [masks.seam(one, edge) for one, edge in zip(images, edges, strict=True)]
+        assert np.mean(seams) < 1.3 * np.mean(before)
 
 
 def test_a_sample_is_its_own(pipe: Any, images: np.ndarray) -> None:
@@ -194,8 +221,8 @@ def test_cells_are_drawn_evenly() -> None:
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 2**63 - 1))
 def test_a_level_lies_in_its_range(one: float, other: float, seed: int) -> None:
     low, high = sorted((one, other))
-    assert low <= level(Refine(level=(low, high)), seed) <= high + 1e-12
-    assert level(Refine(level=one), seed) == one
+    assert low <= level_of(Refine(level=(low, high)), seed) <= high + 1e-12
+    assert level_of(Refine(level=one), seed) == one
 
 
 def test_a_mask_grows_by_latents_and_blends_inside_its_edge() -> None:

@@ -142,15 +142,36 @@ def test_from_a_level_it_is_image_to_image(pipe: Any, guidance: float, monkeypat
     assert ours.evaluations == passes * (2 if guided else 1)
 
 
+@pytest.mark.parametrize("rows", [[0, 2], [1]])
+def test_sent_some_rows_it_goes_on_with_these_alone(pipe: Any, rows: list[int]) -> None:
+    """Whatever history the scheduler has of the others; and two walks may take turns."""
+    clean = latents(pipe)
+    mask = torch.zeros(3, 1, *clean.shape[2:], dtype=torch.bool)
+    mask[..., : clean.shape[3] // 2] = True
+    for more in ((), (clean, 0.7, mask)):
+        noise, random = drawn(pipe)
+        whole = list(sampling.walk(pipe, *conditions(pipe), noise, 6, 4.0, *more, random=random))
+        walks = [sampling.walk(pipe, *conditions(pipe), noise, 6, 4.0, *more, random=drawn(pipe)[1]) for _ in range(2)]
+        for _ in range(2):
+            for walk in walks:
+                next(walk)
+        ends = [[walk.send(rows), *walk][-1] for walk in walks]
+        for end in ends:
+            torch.testing.assert_close(end.x, whole[-1].x[rows], atol=1e-4, rtol=0)
+            torch.testing.assert_close(end.clean, whole[-1].clean[rows], atol=1e-4, rtol=0)
+            assert end.evaluations == whole[-1].evaluations
+
+
 def knowing(pipe: Any, monkeypatch: pytest.MonkeyPatch, clean: torch.Tensor, noise: torch.Tensor) -> None:
     """A network that knows which noise is in which latents, in the place of the pipeline's."""
-    config, scheduler = pipe.scheduler.config, pipe.scheduler
+    config, alpha_bar = pipe.scheduler.config, getattr(pipe.scheduler, "alphas_cumprod", None)
 
     def predict(_: Any, x: torch.Tensor, t: torch.Tensor, told: Any) -> torch.Tensor:
         if config.get("prediction_type") == "epsilon":
             return noise
         if config.get("prediction_type") == "v_prediction":
-            sigma = scheduler.sigmas[(scheduler.timesteps == t[0]).nonzero().item()]
+            assert alpha_bar is not None
+            sigma = ((1 - alpha_bar) / alpha_bar).sqrt()[int(t[0])]  # its timesteps are whole
             return (noise - sigma * clean) / (1 + sigma**2).sqrt()
         return noise - clean
 

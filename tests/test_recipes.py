@@ -204,7 +204,9 @@ def test_a_plan_counts_what_a_run_then_makes(
     loop(run)
     counts = rows(run.store, "SELECT split, count(*) AS n FROM samples GROUP BY split")
     made = {row["split"]: row["n"] for row in counts}
-    assert found.images == {"D_0": made["reference"], "candidates": made["train"], "evaluation": made["eval"]}
+    assert found.images == {
+        "D_0": made["reference"], "candidates": made["train"], "refined": 0, "evaluation": made["eval"]
+    }  # fmt: skip
     weights = sum(path.stat().st_size for path in (run.store / "models").rglob("*.safetensors"))
     assert found.bytes["models"] == pytest.approx(weights, rel=0.05)
 

@@ -38,6 +38,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Sample images for the round's prompts, or for D_0."""
     from jobs.generate import generate as stage
+    from jobs.rejection import SPENT, saved
     from jobs.train import trained_model
 
     if split not in ("train", "reference", "eval"):
@@ -47,6 +48,9 @@ def generate(
         stage(run.base() if run.round == 0 else run, "eval", trained_model(run))
     else:
         stage(run, split)  # type: ignore[arg-type]
+    for row in run.query(SPENT).to_pylist():
+        if split == "train" and (row["arm"], row["round"]) == (run.arm, run.round):
+            print(saved(row))
 
 
 @app.command()

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from curate.drift import proportion
 from jobs.devices import device
 from jobs.ipr.benchmarks import Benchmark, benchmark, task
 from jobs.ipr.model import RegionTransformer
-from jobs.ipr.refine import Choice, refine
+from jobs.ipr.refine import LOOKING, Choice, refine
 from jobs.ipr.sampler import Pass, Sampler
 from jobs.ipr.train import Task, load
 from jobs.progress import bar
 from jobs.study import machine
+from schemas.errors import WinnowError
 
-FRACTIONS = (0.125, 0.25, 0.5)
+QUARTER = 0.25  # of the regions: IPR as published
+FRACTIONS = (0.125, QUARTER, 0.5)
 PARALLEL = (16, 64)  # evaluations
-WHOLE = Pass(8, overlap=1.0, level=0.5)  # the whole image, half in noise: the strongest rival on a small budget
+LEVELS = (0.3, 0.5, 0.7)  # to which the whole image is noised: the strongest rival on a small budget
+WHOLE = 8  # steps of that, at least
 SHOWN = 8  # samples in the picture, as they were first and at last
 
 
@@ -42,27 +45,50 @@ class Method:
     marks: tuple[int, ...] = ()
 
 
-def methods(how: Benchmark, free: int) -> list[Method]:
-    """What is compared where ``free`` regions are not given: the first pass in its kinds, IPR, and its controls."""
-    start, again = Pass(how.steps), Pass(how.again)
-    found = [Method("parallel", Pass(n, overlap=1.0)) for n in PARALLEL if n <= max(how.budgets)]
-    found += [Method("sequential, random order", Pass(how.steps, "random"))]
-    found += [Method("sequential, overlap 1/2", Pass(2 * how.steps, overlap=0.5))]
-    longer = sorted({budget // free for budget in how.budgets} - {how.steps})
-    found += [Method("sequential", start), *(Method("sequential", Pass(steps)) for steps in longer)]
+def budgets(how: Benchmark, free: int) -> list[int]:
+    """Evaluations at which methods are compared: what IPR with a quarter of ``free`` regions takes."""
+    first, each = how.start.length(free), how.again.length(part(QUARTER, free))
+    return [first + k * each for k in how.iterations]
+
+
+def part(fraction: float, free: int) -> int:
+    """How many of ``free`` regions an iteration draws again."""
+    return max(1, round(fraction * free))
+
+
+def longest(overlap: float, budget: int, free: int) -> Pass:
+    """The pass over ``free`` regions with the most steps that a budget of evaluations allows."""
+    steps = max(n for n in range(1, budget + 1) if Pass(n, overlap=overlap).length(free) <= budget)
+    return Pass(steps, overlap=overlap)
+
+
+def methods(how: Benchmark, free: int, brief: bool = False) -> list[Method]:
+    """What is compared where ``free`` regions are not given: the first pass in its kinds, IPR, and its controls; or,
+    in ``brief``, the sequential sampler and IPR alone."""
+    start, again, marks = how.start, how.again, budgets(how, free)
 
     def iterated(name: str, fraction: float, way: Pass, choice: Choice = "uniform") -> Method:
-        each = way.length(max(1, round(fraction * free))) + (choice in ("uncertain", "conflict"))
-        marks = sorted({(budget - start.length(free)) // each for budget in how.budgets})
-        return Method(name, start, way, fraction, choice, tuple(mark for mark in marks if mark))
+        each = way.length(part(fraction, free)) + (choice in LOOKING)
+        counts = {(budget - start.length(free)) // each for budget in marks}
+        return Method(name, start, way, fraction, choice, tuple(sorted(counts - {0})))
 
-    found += [iterated("IPR", fraction, again) for fraction in FRACTIONS]
-    found += [iterated("whole image", 1.0, WHOLE), iterated("restart", 1.0, start)]
-    found += [iterated("fixed regions", 0.25, again, "fixed")]
-    found += [iterated("least certain regions", 0.25, again, "uncertain")]
-    found += [iterated("regions in conflict", 0.25, again, "conflict")]
-    brief = {"parallel", "sequential", "whole image", "restart"}
-    return [one for one in found if not how.brief or one.name in brief or (one.name, one.fraction) == ("IPR", 0.25)]
+    found = [Method("sequential", start)]
+    found += [Method("sequential", longest(start.overlap, budget, free)) for budget in marks]
+    quarter = iterated("IPR", QUARTER, again)
+    if brief:
+        return [*found, quarter]
+    found = [Method("parallel", Pass(n, overlap=1.0)) for n in sorted({*PARALLEL, marks[-1]})] + found
+    found += [Method("sequential, random order", replace(start, order="random"))]
+    other = 0.0 if start.overlap else 0.5
+    beside = [longest(other, budget, free) for budget in (marks[0], marks[-1])]
+    found += [Method(f"sequential, overlap {other:g}", one) for one in beside]
+    found += [quarter, *(iterated("IPR", fraction, again) for fraction in FRACTIONS if fraction != QUARTER)]
+    steps = max(WHOLE, again.steps)
+    found += [iterated("whole image", 1.0, Pass(steps, overlap=1.0, level=level)) for level in LEVELS]
+    found += [iterated("restart", 1.0, start)]
+    found += [iterated("fixed regions", QUARTER, again, "fixed")]
+    found += [iterated("least certain regions", QUARTER, again, "uncertain")]
+    return [*found, iterated("regions in conflict", QUARTER, again, "conflict")]
 
 
 def rate(valid: np.ndarray) -> dict[str, Any]:
@@ -115,7 +141,7 @@ class Bench:
         if method.again is None:
             yield {**fixed, "evaluations": evaluations, "seconds": round(seconds, 2), **self.judge(x)}, x
             return
-        fixed |= {"fraction": method.fraction, "again": method.again.steps}
+        fixed |= {"fraction": method.fraction, "level": method.again.level, "again": method.again.steps}
         sampler, begun = self.sampler(1), time.perf_counter()
         last = max(method.marks, default=0)
         turns = refine(sampler, x, self.free, last, method.fraction, method.again, method.choice)
@@ -132,9 +158,12 @@ class Bench:
         accepted = self.task.valid(images)
         real = torch.from_numpy(self.task.grid.cut(images)).to(device())
         free, rows = torch.ones_like(self.free), []
-        for name, fraction, how in [*(("IPR", f, again) for f in FRACTIONS), ("whole image", 1.0, WHOLE)]:
+        whole = [Pass(max(WHOLE, again.steps), overlap=1.0, level=level) for level in LEVELS]
+        ways = [*(("IPR", fraction, again) for fraction in FRACTIONS), *(("whole image", 1.0, one) for one in whole)]
+        for name, fraction, how in ways:
             (after,) = refine(self.sampler(1), real, free, 1, fraction, how)
-            rows.append({"method": name, "fraction": fraction, **rate(self.valid(after)[accepted])})
+            kept = rate(self.valid(after)[accepted])
+            rows.append({"method": name, "fraction": fraction, "level": how.level, **kept})
         return rate(accepted), rows
 
 
@@ -144,23 +173,23 @@ def measure(
     """All figures of a benchmark, and some samples that were wrong first and right after IPR: before, after."""
     how, (made, source), load_before = benchmark(name), task(name, data), os.getloadavg()[0]
     model, config = load(weights / name)
-    begun, rows, ends = time.perf_counter(), [], {}
+    if source != config.get("handwriting", source):
+        raise WinnowError(f"{weights / name}: learned from {config['handwriting']}, not {source}; give that")
+    begun, rows = time.perf_counter(), []
     for given in how.given:
         bench = Bench(model, made, n, seed, given)
-        plan = methods(how, int(bench.free[0].sum()))
-        if given:  # only what matters most; the controls are compared where nothing is given
-            runs = [one for one in plan if one.name == "sequential"]
-            plan = [runs[0], runs[-1], *(one for one in plan if (one.name, one.fraction) == ("IPR", 0.25))]
+        # What matters most; the controls are compared where nothing is given.
+        plan = methods(how, int(bench.free[0].sum()), brief=given > 0)
         with bar(f"measure {name}, {given:.0%} given", len(plan)) as advance:
             for method in plan:
                 for row, x in bench.run(method):
                     rows.append(row)
-                    if not given:
-                        ends[method.name, method.fraction] = x
+                    if not given and (method.name, method.fraction) == ("IPR", QUARTER):
+                        after = x
                 advance()
     hard = Bench(model, made, n, seed)
-    ceiling, retention = hard.retention(Pass(how.again))
-    before, after = hard.start(Pass(how.steps))[0], ends["IPR", 0.25]
+    ceiling, retention = hard.retention(how.again)
+    before = hard.start(how.start)[0]
     mended = np.flatnonzero(~hard.valid(before) & hard.valid(after))[:SHOWN]
     figures = {
         "n": n, "seed": seed, "handwriting": source, "checker": made.figures(), "ceiling": ceiling,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy as np
 from PIL import Image
 
 from jobs.ipr.benchmarks import BENCHMARKS
+from jobs.ipr.grid import Grid
 from jobs.plots import Line, curve
 
-#: What the curve shows, by method and fraction.
+#: What the curve shows, by method, fraction and level.
 DRAWN = {
-    "sequential": ("sequential", None),
-    "IPR, 1/4": ("IPR", 0.25),
-    "whole image": ("whole image", 1.0),
-    "restart": ("restart", 1.0),
+    "sequential": ("sequential", None, None),
+    "IPR": ("IPR", 0.25, 1.0),
+    "whole image": ("whole image", 1.0, 0.5),
 }
-ZOOM = 2  # of the picture
+#: What IPR is compared with in a sentence, the best row of each.
+RIVALS = (
+    "parallel", "sequential", "whole image", "restart", "fixed regions", "least certain regions", "regions in conflict"
+)  # fmt: skip
+ZOOM = 4  # of the picture
 HEAD = """# Iterative partial refinement
 
 Made by `make benchmark-ipr`. Valid: share of the samples that obey the benchmark's rule, ± its standard error, with its
@@ -32,9 +37,9 @@ ones. Unlike: share of the cells that lie further from every digit of the classi
 | method | what it does |
 |---|---|
 | parallel | all regions at one noise level |
-| sequential | one region after the other, the most certain first; more evaluations: more steps a region |
-| IPR | each iteration draws a random share of the regions again among the others |
-| whole image | each iteration sets the whole image to noise level 0.5 and denoises it in 8 steps: a control |
+| sequential | one region after the other, or beside the last part of it; the most certain first |
+| IPR | each iteration sets a random share of the regions to noise and draws them again among the others |
+| whole image | each iteration sets the whole image to a noise level below 1 and denoises it: a control |
 | restart | each iteration draws everything anew, sequentially: a control |
 | fixed regions | IPR, but the same regions in each iteration: a control |
 | least certain regions | IPR of the regions that the model is least sure of; a look costs one evaluation |
@@ -60,26 +65,35 @@ def keep(name: str, figures: dict[str, Any], before: np.ndarray, after: np.ndarr
     file.write_text(json.dumps(found, indent=1) + "\n")
     (out / f"ipr-{name}.svg").write_bytes(picture(name, figures))
     if len(before):
-        rows = [np.concatenate(list(np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)), 1)
-                for side in (before, after)]  # fmt: skip
-        sheet = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
-        Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(out / f"ipr-{name}.png", optimize=True)
+        sheet(before, after, Grid(**figures["model"]["grid"])).save(out / f"ipr-{name}.png", optimize=True)
     (out / "ipr.md").write_text(page(found, out))
     return out / "ipr.md"
+
+
+def sheet(before: np.ndarray, after: np.ndarray, grid: Grid) -> Image.Image:
+    """Images uint8 [N, H, W, C] above what became of them, enlarged; cells of a board with lines between them."""
+    rows = []
+    for side in (before, after):
+        if grid.box:
+            for axis, count in ((1, grid.rows), (2, grid.columns)):
+                side = np.insert(side, grid.patch * np.arange(1, count), 128, axis)
+        side = np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)
+        rows.append(np.concatenate(list(side), 1))
+    whole = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
+    return Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
 
 
 def picture(name: str, figures: dict[str, Any]) -> bytes:
     """An SVG of the valid share against evaluations where nothing is given; bands are one standard error."""
     lines = []
-    for label, (method, fraction) in DRAWN.items():
-        rows = [row for row in figures["rows"] if not row["given"] and row["method"] == method]
-        rows = [row for row in rows if row.get("fraction") == fraction]
-        if fraction is not None:  # from the samples that it begins with
+    for label, kind in DRAWN.items():
+        rows = [row for row in figures["rows"] if not row["given"] and _kind(row) == kind]
+        if kind[1] is not None:  # from the samples that it begins with
             rows = [_first(figures), *rows]
         x, y, half = ([row[key] for row in rows] for key in ("evaluations", "rate", "se"))
         lines.append(Line(label, x, y, half))
-    subtitle = f"{name}, nothing given: mean of {figures['n']} samples ± standard error"
-    uri = curve("valid, %", subtitle, lines, figures["ceiling"]["rate"], 100.0, "evaluations a sample")
+    subtitle = f"{name}, by evaluations a sample; ± standard error"
+    uri = curve("valid, %", subtitle, lines, figures["ceiling"]["rate"], 100.0, "")
     return base64.b64decode(uri.partition(",")[2])
 
 
@@ -89,12 +103,58 @@ def _first(figures: dict[str, Any]) -> dict[str, Any]:
     return min(rows, key=lambda row: row["evaluations"])
 
 
+def _kind(row: dict[str, Any]) -> tuple[str, float | None, float | None]:
+    return row["method"], row.get("fraction"), row.get("level")
+
+
 def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}"
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
+
+
+def findings(one: dict[str, Any]) -> list[str]:
+    """In a sentence for each share of given regions: IPR with a quarter, after its last iteration, against the best row
+    of every other method with at most as many evaluations."""
+    lines = []
+    for given in sorted({row["given"] for row in one["rows"]}):
+        rows = [row for row in one["rows"] if row["given"] == given]
+        ours = max((row for row in rows if _kind(row) == DRAWN["IPR"]), key=lambda row: row["evaluations"])
+        parts = []
+        for method in RIVALS:
+            others = [row for row in rows if row["method"] == method and row["evaluations"] <= ours["evaluations"]]
+            if others:
+                best = max(others, key=lambda row: row["rate"])
+                change, error = 100 * (ours["rate"] - best["rate"]), 100 * math.hypot(ours["se"], best["se"])
+                level = f" at level {best['level']}" if method == "whole image" else ""
+                theirs = f"{method}{level} ({_share(best)}, {best['evaluations']})"
+                parts.append(f"{change:+.1f} ± {error:.1f} over {theirs}")
+        lines.append(
+            f"- {given:.0%} given, {ours['evaluations']} evaluations: IPR is valid in {_share(ours)} %. In points, "
+            f"against the best row of each other method (its share, its evaluations): {'; '.join(parts)}."
+        )
+    return lines
+
+
+def choices(one: dict[str, Any]) -> list[str]:
+    """In a sentence for each way to choose regions beyond the source: points over the uniform choice, where nothing is
+    given, at each of its numbers of evaluations or a little fewer."""
+    rows = [row for row in one["rows"] if not row["given"]]
+    lines = []
+    for method in ("least certain regions", "regions in conflict"):
+        parts = []
+        for uniform in (row for row in rows if _kind(row) == DRAWN["IPR"]):
+            some = [row for row in rows if row["method"] == method and row["evaluations"] <= uniform["evaluations"]]
+            if some:
+                ours = max(some, key=lambda row: row["evaluations"])
+                change, error = 100 * (ours["rate"] - uniform["rate"]), 100 * math.hypot(ours["se"], uniform["se"])
+                parts.append(f"{change:+.1f} ± {error:.1f} ({ours['evaluations']} and {uniform['evaluations']})")
+        if parts:
+            said = "; ".join(parts)
+            lines.append(f"- {method.capitalize()} instead of random ones, in points (evaluations): {said}.")
+    return lines
 
 
 def page(found: dict[str, Any], out: Path) -> str:
@@ -107,24 +167,27 @@ def page(found: dict[str, Any], out: Path) -> str:
         )
         lines += [
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
+            *findings(one), *choices(one),
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
             f"{model['cpu_seconds'] / 60:.1f} CPU-minutes "
             f"({model['threads']} threads), on {one['handwriting']}.",
             f"- Checker on what nobody has seen: {checker or 'exact'}. "
             f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
             "- Retention: " + "; ".join(
-                f"{row['method']} {row['fraction']:.3g}: {_share(row)} %" for row in one["retention"]
+                f"{row['method']} {row['level'] if row['method'] == 'whole image' else row['fraction']:g}: "
+                f"{_share(row)} %" for row in one["retention"]
             ) + ".",
             f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
             f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
             "",
-            "| given | method | drawn again | iterations | evaluations | valid, % | 95 % interval | distinct | unlike "
-            "| s |",
-            "|" + "---|" * 10,
+            "| given | method | drawn again | level | iterations | evaluations | valid, % | 95 % interval | distinct "
+            "| unlike | s |",
+            "|" + "---|" * 11,
         ]  # fmt: skip
         for row in one["rows"]:
             lines.append(
-                f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('iterations', '')} | "
+                f"| {row['given']:.0%} | {row['method']} | {row.get('fraction', '')} | {row.get('level', '')} | "
+                f"{row.get('iterations', '')} | "
                 f"{row['evaluations']} | {_share(row)} | {100 * row['low']:.1f} – {100 * row['high']:.1f} | "
                 f"{row.get('distinct', '')} | {_percent(row.get('unlike'))} | {row['seconds']:.0f} |"
             )

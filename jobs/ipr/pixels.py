@@ -1,7 +1,7 @@
 """Even Pixels: every pixel has one of two complementary hues, and exactly half of them have each.
 
-Any arrangement will do, so nothing but the count over the whole image tells right from wrong. 32 × 32 pixels as
-published, in regions of 8 × 8 instead of 4 × 4, a quarter of the tokens.
+Any arrangement will do, so nothing but the count over the whole image tells right from wrong. Regions of 4 × 4 pixels
+as published, in 16 × 16 instead of 32 × 32: a quarter of the regions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 
 from jobs.ipr.grid import Grid
 
-SIDE = 32
-PATCH = 8
+SIDE = 16
+PATCH = 4
 BINS = 72  # of the hue histogram, 5° each
 
 
@@ -47,7 +47,7 @@ class EvenPixels:
     classes = 0
 
     def draw(self, n: int, rng: np.random.Generator, hand: str = "model") -> tuple[np.ndarray, None]:
-        """``n`` real images uint8 [n, 32, 32, 3]; the handwriting plays no part."""
+        """``n`` real images uint8 [n, 16, 16, 3]; the handwriting plays no part."""
         first = rng.uniform(0, 360, n)
         half = rng.permuted(np.tile(np.arange(SIDE * SIDE) % 2, (n, 1)), axis=1)
         return rgb((first[:, None] + 180 * half) % 360).reshape(n, SIDE, SIDE, 3), None

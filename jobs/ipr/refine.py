@@ -21,6 +21,7 @@ from schemas.errors import WinnowError
 #: uncertain  those of which the model is least sure: beyond the source, one evaluation more
 #: conflict   those that differ most from what it expects there, by its own certainty: beyond the source, one more
 Choice = Literal["uniform", "fixed", "uncertain", "conflict"]
+LOOKING = ("uncertain", "conflict")  # those that ask first
 LOOK = 0.5  # noise level at which the model is asked what it thinks of a finished sample
 
 

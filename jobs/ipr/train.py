@@ -2,10 +2,11 @@
 
 The loss of a batch is the mean over all regions of
 
-    w(t) · ‖x̂ − x‖² / D  +  NLL · ½ (e / σ² + log σ²)  +  KIND · cross-entropy of the region's class
+    w · ( ‖x̂ − x‖² / (D max(t, 0.1)²)  +  NLL · ½ (e / σ² + log σ²)  +  KIND · cross-entropy of the region's class )
 
-with w(t) = 1 / max(t, 0.1)², which is the velocity's error for t > 0.1, and e the first error, detached: the certainty
-head learns how wrong the model is, and does not make it worse. Clean regions (t = 0) are context and cost nothing.
+The first is the velocity's error for t > 0.1; e is ‖x̂ − x‖² / D, detached: the certainty head learns how wrong the
+model is, and does not make it worse. w makes up for levels that are drawn more often than others (``times.draw``);
+clean regions (t = 0) are context and cost nothing.
 Every random number comes from the seed and the step, so a resumed run draws what an uninterrupted one does.
 """
 
@@ -79,17 +80,17 @@ class Training:
     keep: int = 500
 
 
-def loss(found: Prediction, x: Tensor, t: Tensor, classes: Tensor | None, kind: float = 0.0) -> Tensor:
-    """The loss above: regions x [N, R, D], levels t [N, R], classes [N, R] or None."""
-    noisy = (t > 0).float()
+def loss(
+    found: Prediction, x: Tensor, t: Tensor, weights: Tensor, classes: Tensor | None, kind: float = 0.0
+) -> Tensor:
+    """The loss above: regions x [N, R, D], levels t and weights [N, R], classes [N, R] or None."""
     error = (found.x - x).square().mean(2)
-    total = (noisy * error / t.clamp(min=FLOOR).square()).mean()
     surprise = 0.5 * (error.detach() * torch.exp(-found.log_var) + found.log_var)
-    total = total + NLL * (noisy * surprise).mean()
+    each = error / t.clamp(min=FLOOR).square() + NLL * surprise
     if kind and classes is not None and found.logits is not None:
-        each = nn.functional.cross_entropy(found.logits.flatten(0, 1), classes.flatten(), reduction="none")
-        total = total + kind * (noisy.flatten() * each).mean()
-    return total
+        named = nn.functional.cross_entropy(found.logits.flatten(0, 1), classes.flatten(), reduction="none")
+        each = each + kind * named.view_as(t)
+    return (weights * each).mean()
 
 
 def rate(step: int, how: Training) -> float:
@@ -99,8 +100,11 @@ def rate(step: int, how: Training) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - how.warmup) / max(1, how.steps - how.warmup))))
 
 
-def train(task: Task, shape: Shape, how: Training, seed: int, to: Path) -> RegionTransformer:
-    """Train on ``task`` and write ``to``/model.safetensors (the averaged weights, float32) and config.json.
+def train(
+    task: Task, shape: Shape, how: Training, seed: int, to: Path, card: dict[str, Any] | None = None
+) -> RegionTransformer:
+    """Train on ``task`` and write ``to``/model.safetensors (the averaged weights, float32) and config.json, which
+    tells the settings, what it took and what ``card`` says.
 
     While it lasts, the state is in ``to``.state: a run that was killed goes on from it, to the same weights.
     """
@@ -110,7 +114,7 @@ def train(task: Task, shape: Shape, how: Training, seed: int, to: Path) -> Regio
     average = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=how.lr, betas=BETAS, weight_decay=how.weight_decay)
     state, kept = State(parameters, average, optimiser), to.with_name(f"{to.name}.state") / "state.safetensors"
-    settings = {"task": task.name, "shape": asdict(shape), "training": asdict(how), "seed": seed}
+    settings = {"task": task.name, "shape": asdict(shape), "training": asdict(how), "seed": seed, **(card or {})}
     _same_run(kept.with_name("settings.json"), settings)
     begun = state.resume(kept)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -145,16 +149,16 @@ def train(task: Task, shape: Shape, how: Training, seed: int, to: Path) -> Regio
 
 def _batch(
     model: RegionTransformer, task: Task, how: Training, seed: int, step: int
-) -> tuple[Prediction, Tensor, Tensor, Tensor | None]:
+) -> tuple[Prediction, Tensor, Tensor, Tensor, Tensor | None]:
     """The model's prediction for the step's batch, and what ``loss`` compares it with."""
     rng = np.random.default_rng([seed, step])
     images, classes = task.draw(how.batch, rng)
     regions = task.grid.cut(images)
-    levels = times.draw(len(regions), task.grid.regions, rng)
+    levels, weights = times.draw(len(regions), task.grid.regions, rng)
     noise = rng.standard_normal(regions.shape, np.float32)
-    x, t, e = (torch.from_numpy(array).to(device()) for array in (regions, levels, noise))
+    x, t, w, e = (torch.from_numpy(array).to(device()) for array in (regions, levels, weights, noise))
     told = None if classes is None else torch.from_numpy(classes).to(device())
-    return model(torch.lerp(x, e, t[..., None]), t), x, t, told
+    return model(torch.lerp(x, e, t[..., None]), t), x, t, w, told
 
 
 def _same_run(file: Path, settings: dict[str, Any]) -> None:
@@ -189,5 +193,5 @@ def load(folder: Path) -> tuple[RegionTransformer, dict[str, Any]]:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise WinnowError(f"{folder}: no model of regions ({reason}); train it: python -m jobs.ipr train") from error
+        raise WinnowError(f"{folder}: no model of regions ({reason}); train it with --train") from error
     return model.to(device()).eval(), config

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.generate import Generate, Sampler
+from jobs.generate import Generate
+from jobs.sampler import Sampler
 from storage.commit import write_file
 
 if TYPE_CHECKING:
