@@ -149,7 +149,7 @@ def bars(title: str, subtitle: str, stages: Mapping[str, Mapping[str, float]], a
     """Seconds by stage, the longest first, a piece an arm in the colour of its curves."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(title, subtitle)
-        axes.set_position((0.27, 0.175, 0.695, 0.605))
+        axes.set_position((0.335, 0.175, 0.63, 0.605))
         names = list(stages)[:LONGEST_STAGES]
         colours = dict(zip(arms, COLOURS * len(arms), strict=False))
         spenders = {arm for name in names for arm in stages[name]}
@@ -163,6 +163,5 @@ def bars(title: str, subtitle: str, stages: Mapping[str, Mapping[str, float]], a
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.set_xlabel("seconds", loc="left", labelpad=1)
         _legend(figure)
         return _uri(figure)

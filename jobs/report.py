@@ -90,7 +90,7 @@ def _render(source: Source, summary: dict[str, Any], store: Path) -> str:
 
 def _times(summary: dict[str, Any]) -> str | None:
     stages = summary["stages"]
-    return plots.bars("Time by stage", "all rounds", stages, list(summary["arms"])) if stages else None
+    return plots.bars("Time by stage", "seconds, all rounds", stages, list(summary["arms"])) if stages else None
 
 
 def _pages(store: Path) -> list[tuple[str, str]]:
