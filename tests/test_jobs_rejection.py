@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs import models
 from jobs import recipe as recipes
-from jobs.explain import explain
+from jobs.explain import explain, words
 from jobs.generate import Generate, generate
 from jobs.plan import plan
 from jobs.prompts import prompts
@@ -186,7 +186,7 @@ def test_a_finished_one_can_be_replayed_and_a_dropped_one_explained(run: Run, wi
     [kept] = rows(run.store, "SELECT * FROM drafts WHERE kept ORDER BY sample_id LIMIT 1")
     [dropped] = rows(run.store, "SELECT * FROM drafts WHERE NOT kept ORDER BY value LIMIT 1")
     assert replay(run.store, kept["sample_id"]).largest <= 1
-    told = explain(run.store, kept["sample_id"])
+    told = words(explain(run.store, kept["sample_id"]))
     assert f"early rejection after step 3, by scene-clip: {kept['value']:.4f}, rank" in told and "went on, 6" in told
     said = winnow("explain", "--store", run.store, dropped["sample_id"])
     assert said.status == 0 and "never finished" in said.out and dropped["prompt"] in said.out

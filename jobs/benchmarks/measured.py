@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from curate.drift import bootstrap, frechet, mean_over, moments, wins
-from jobs.evaluate import real_moments
+from jobs.evaluate import real_vectors
 
 RESAMPLES = 200  # of the bootstrap behind each interval
 Figures = dict[str, Any]
@@ -43,7 +43,7 @@ def figures(mine: Measured, against: dict[str, Measured], seed: int = 0) -> Figu
     """Values with 95 % intervals [value, low, high]: of the set, and compared with others of the same captions in
     the same order. A win is an image that is right where the other is wrong; what both are is half a win."""
     mean = partial(mean_over, groups=mine.prompts, n=RESAMPLES, rng=seed)
-    target = real_moments("embedded", list(mine.prompts))
+    target = moments(real_vectors("embedded", list(mine.prompts)))[:2]
 
     def distance(features: np.ndarray) -> float:
         return frechet(*moments(features)[:2], *target)
