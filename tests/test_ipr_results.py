@@ -14,7 +14,7 @@ from PIL import Image
 from jobs.ipr import WEIGHTS, benchmarks
 from jobs.ipr.__main__ import main
 from jobs.ipr.benchmarks import BENCHMARKS, build, task
-from jobs.ipr.measure import Bench, budgets, measure, methods, rate
+from jobs.ipr.measure import Bench, Method, budgets, measure, methods, rate
 from jobs.ipr.model import RegionTransformer, Shape
 from jobs.ipr.page import choices, findings
 from jobs.ipr.refine import refine
@@ -164,6 +164,39 @@ def test_a_model_is_not_measured_on_other_handwriting(tmp_path: Path) -> None:
     np.savez(tmp_path / "ink.npz", images=np.zeros((1000, 28, 28), np.uint8), labels=np.arange(1000) % 10)
     with pytest.raises(WinnowError, match=r"learned from scikit-learn digits, not ink\.npz"):
         measure("sudoku4", tmp_path, 4, 0, str(tmp_path / "ink.npz"))
+
+
+def test_a_measurement_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """Of two runs, the second makes what the first has not; the figures are those of one run, but for the time."""
+    ran: list[str] = []
+    inner = Bench.run
+
+    def run(self: Bench, method: Method) -> Any:
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(method.name)
+        return inner(self, method)
+
+    def timeless(figures: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in figures["rows"]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmarks.BENCHMARKS, "even-pixels", replace(BENCHMARKS["even-pixels"], **TINY))
+        build("even-pixels", None, 1, tmp_path)
+        whole = measure("even-pixels", tmp_path, 4, 0)[0]
+        assert not (tmp_path / "even-pixels.state").exists()
+        with patch.context() as stop:
+            stop.setattr(Bench, "run", run)
+            with pytest.raises(KeyboardInterrupt):
+                measure("even-pixels", tmp_path, 4, 0)
+        with open(tmp_path / "even-pixels.state" / "rows.jsonl", "a") as notes:
+            notes.write('{"cut": [{"rate": 0.5}')
+        first, second = ran, []
+        patch.setattr(Bench, "run", lambda *given: (second.append(given[1].name), inner(*given))[1])
+        again = measure("even-pixels", tmp_path, 4, 0)[0]
+    assert timeless(again) == timeless(whole) and not (tmp_path / "even-pixels.state").exists()
+    every = [method.name for method in methods(replace(BENCHMARKS["even-pixels"], **TINY), 16)]
+    assert first == every[:5] and second == every[5:]
 
 
 # What ships.
