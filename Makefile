@@ -10,8 +10,9 @@ WINNOW := $(VENV)/bin/winnow
 IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
-STAGES := prompts generate embed score refine distance select weigh export train evaluate guard round
-.PHONY: help setup demo test $(STAGES) loop plan report sql explain replay verify base study bench \
+STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
+.PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
+  verify base study bench \
   benchmark-ipr lint lock clean
 
 help: ## list the targets
@@ -44,6 +45,8 @@ distance: $(READY) ## measure how far the samples lie from D_0
 	$(WINNOW) distance $(IN)
 select: $(READY) ## keep the preferred samples, with a reason for every other
 	$(WINNOW) select $(IN)
+tournament: $(READY) ## compare policies over the round's candidates, before one is trained on
+	$(WINNOW) tournament $(IN)
 weigh: $(READY) ## weigh the kept samples by their distance
 	$(WINNOW) weigh $(IN)
 export: $(READY) ## write the selection as weighted training shards
@@ -59,6 +62,8 @@ round: $(READY) ## play one whole round
 loop: $(READY) ## play rounds until the guard ends them (ROUNDS=8)
 	$(WINNOW) loop $(IN) $(if $(ROUNDS),--rounds $(ROUNDS))
 
+doctor: $(READY) ## say what of a recipe cannot run here, and the cure (RECIPE=sdxl-lora)
+	$(WINNOW) doctor $(IN)
 plan: $(READY) ## say what a run will take: images, disk and GPU-hours (RECIPE=sdxl-lora)
 	$(WINNOW) plan --recipe $(RECIPE) $(ARGS)
 
@@ -69,8 +74,18 @@ sql: $(READY) ## ask the store (Q="SELECT * FROM rounds")
 	$(WINNOW) sql --store $(STORE) $(ARGS) '$(subst ','\'',$(if $(Q),$(Q),$(ASK)))'
 explain: $(READY) ## tell why a sample was kept or dropped (ID=…)
 	$(WINNOW) explain --store $(STORE) $(ARGS) $(ID)
+similar: $(READY) ## find the samples most like one (ID=…)
+	$(WINNOW) similar --store $(STORE) $(ARGS) $(ID)
+search: $(READY) ## find the samples most like a text (TEXT="a red seven")
+	$(WINNOW) search --store $(STORE) $(ARGS) '$(subst ','\'',$(TEXT))'
+diff: $(READY) ## tell what changed from one round to another (ROUNDS="1 2")
+	$(WINNOW) diff --store $(STORE) $(ARGS) $(ROUNDS)
 replay: $(READY) ## make a sample's image again from its row, and compare (ID=…)
 	$(WINNOW) replay --store $(STORE) $(ARGS) $(ID)
+label: $(READY) ## vote on a local page: pick candidates (ARGS=pairs: compare models)
+	$(WINNOW) label --store $(STORE) $(ARGS)
+publish: $(READY) ## publish a selection to the Hub (REPO=user/name; ARGS="--what store", model; --dry-run FOLDER)
+	$(WINNOW) publish --to '$(REPO)' --store $(STORE) $(if $(filter file,$(origin RECIPE)),,--recipe $(RECIPE)) $(ARGS)
 verify: $(READY) ## check every sealed part against its SHA-256 and schema
 	$(WINNOW) verify --store $(STORE) $(ARGS)
 

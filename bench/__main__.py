@@ -8,10 +8,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import export, generation, training
+from bench import distance, export, generation, scale, training
 from jobs.study import machine
 
-SUITES = {"generation": generation.run, "export": export.run, "training": training.run}
+SUITES = {
+    "distance": distance.run, "scale": scale.run, "generation": generation.run, "export": export.run,
+    "training": training.run,
+}  # fmt: skip
 
 
 def main(names: list[str], out: Path) -> None:
@@ -29,12 +32,12 @@ def main(names: list[str], out: Path) -> None:
     out.mkdir(exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
     lines = ["# Benchmarks", "", "Made by `make bench`: medians over turns, ours and theirs in one run.", ""]
-    lines += ["| | what | ours, s | theirs, s | ours / theirs | from – to |", "|---|---|---|---|---|---|"]
+    lines += ["| | what | | ours | theirs | ours / theirs | from – to |", "|---|---|---|---|---|---|---|"]
     for suite in found.values():
         for r in suite["rows"]:
             lines.append(
-                f"| {r['name']} | {r['what']} | {r['ours']:.3g} | {r['theirs']:.3g} | {r['ratio']:.3f} | "
-                f"{r['low']:.3f} – {r['high']:.3f} |"
+                f"| {r['name']} | {r['what']} | {r.get('unit', 's')} | {r['ours']:.3g} | {r['theirs']:.3g} | "
+                f"{r['ratio']:.3f} | {r['low']:.3f} – {r['high']:.3f} |"
             )
     lines += ["", *(f"`{name}` on {suite['machine']}." for name, suite in found.items())]
     (out / "bench.md").write_text("\n".join(lines) + "\n")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ratio:
-    """``ours`` and ``theirs``: median seconds; ``ratio``: median of ours / theirs, turn by turn; ``low``, ``high``: the
-    least and the greatest of them."""
+    """``ours`` and ``theirs``: median seconds, or another ``unit``; ``ratio``: median of ours / theirs, turn by turn;
+    ``low``, ``high``: the least and the greatest of them."""
 
     name: str
     what: str
@@ -21,6 +21,7 @@ class Ratio:
     low: float
     high: float
     turns: int
+    unit: str = "s"
 
 
 def compare(

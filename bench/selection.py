@@ -48,14 +48,14 @@ def selection(
         for some in _cut(numbers if name != scorers[-1] else numbers[numbers % 5 > 0], 100 * unit):
             columns = {"sample_id": some, "scorer": name, "revision": "1", "value": some / 3 + len(name),
                        "truncated": False, "round": 1}  # fmt: skip
-            parts.append(_part(store, "scores", {"scorer": name}, columns))
+            parts.append(part(store, "scores", {"scorer": name}, columns))
     for arm in arms:
         for some in _cut(numbers, 100 * unit):
             same, kept = {"selection": arm, "round": 1}, keep(some)
             columns = {**same, "sample_id": some, "kept": kept, "rank": 1, "reason": "made up"}
-            parts.append(_part(store, "selections", {"selection": arm}, columns))
+            parts.append(part(store, "selections", {"selection": arm}, columns))
             columns = {**same, "sample_id": some[kept], "weight": weight(some[kept]).astype(float)}
-            parts.append(_part(store, "weights", {"selection": arm}, columns))
+            parts.append(part(store, "weights", {"selection": arm}, columns))
     recipe = recipes.override(recipes.load("refine-only"), [(["export", k], v) for k, v in (export or {}).items()])
     seal(store, "made up", parts, recipe.model_dump(mode="json"))
     return Run(store, recipe.for_arm("curated"))
@@ -73,13 +73,15 @@ def _samples(store: Path, round: int, arm: str, split: str, numbers: np.ndarray,
         "model": "made-up", "width": 8, "height": 8, "attempt": 0, "refiner": None, "image": files,
         "parent_id": [i - 1 if i % 3 == 0 else None for i in numbers.tolist()],
     }  # fmt: skip
-    return _part(store, "samples", {"round": round, "arm": arm, "split": split}, columns)
+    return part(store, "samples", {"round": round, "arm": arm, "split": split}, columns)
 
 
-def _part(store: Path, table: str, folders: dict[str, str | int], columns: dict[str, Any]) -> Part:
+def part(
+    store: Path, table: str, folders: dict[str, str | int], columns: dict[str, Any], schema: pa.Schema | None = None
+) -> Part:
     """A part of these columns; a single value stands for every row."""
-    numbers, schema = columns["sample_id"], TABLES[table].schema
-    full = {name: value if isinstance(value, np.ndarray | list) else [value] * len(numbers)
+    numbers, schema = columns["sample_id"], schema or TABLES[table].schema
+    full = {name: value if isinstance(value, np.ndarray | list | pa.Array) else [value] * len(numbers)
             for name, value in columns.items()}  # fmt: skip
     data = pa.table({field.name: pa.array(full[field.name], field.type) for field in schema}, schema=schema)
     return commit(store, table, part_path(table, folders, f"{numbers[0]:09d}", "made"), data)

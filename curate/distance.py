@@ -14,21 +14,26 @@ kind and the metric are settings:
     mse          ||x - r||^2 / D
     cosine       1 - cos(x, r), in [0, 2]
 
-Every function takes rows in any float type, reads them in tiles of bounded memory and returns float64.
+Every function takes rows in any float type, reads them in tiles and returns float64. What it needs beyond its input and
+output stays below 1 GiB for any N, M and D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import faiss
 import numpy as np
 from numpy.typing import ArrayLike
 
-from curate.arrays import TILE_BYTES, Float64s, Floats, matrix, tiles
+from curate import rows
+from curate.arrays import TILE_BYTES, Float64s, Floats, Ints, keys, matrix, tiles
+from curate.mahalanobis import mahalanobis
+from curate.neighbours import Reference, prepare, search
 from schemas.errors import WinnowError
 
 METRICS = ("l2", "mse", "cosine")
+ROWS = 4096  # the most of either side at once, so that their products stay small
 
 
 def distance(
@@ -51,6 +56,41 @@ def self_distance(reference: ArrayLike, kind: str = "mean", metric: str = "l2", 
     return _finite(_pick(kind)(ref, ref, metric, k, True))
 
 
+def matched(
+    x: ArrayLike, groups: ArrayLike, reference: ArrayLike, reference_groups: ArrayLike, kind: str = "mean",
+    metric: str = "l2", k: int = 10,
+) -> Float64s:  # fmt: skip
+    """`distance` of each row of x [N, D] to the reference rows [M, D] of its own group, such as its prompt: [N].
+
+    What the prompt asks for is then no part of the distance. Every group of x needs reference rows.
+    """
+    ref = matrix("reference", reference)
+    x = matrix("x", x, columns=ref.shape[1])
+    own, others = keys("groups", groups, rows=len(x)), keys("reference groups", reference_groups, rows=len(ref))
+    names = np.unique(own)
+    result = np.empty(len(x))
+    for name, mine, theirs in zip(names, _members(own, names), _members(others, names), strict=True):
+        if not len(theirs):
+            raise WinnowError(f"group {name} has no row in the reference: sample the base for it, or match the whole")
+        with _named(name):
+            result[mine] = distance(x[mine], ref[theirs], kind, metric, k)
+    return result
+
+
+def self_matched(
+    reference: ArrayLike, groups: ArrayLike, kind: str = "mean", metric: str = "l2", k: int = 10
+) -> Float64s:
+    """`self_distance` of each reference row [M, D] to the others of its own group: [M]."""
+    ref = matrix("reference", reference)
+    own = keys("groups", groups, rows=len(ref))
+    names = np.unique(own)
+    result = np.empty(len(ref))
+    for name, mine in zip(names, _members(own, names), strict=True):
+        with _named(name):
+            result[mine] = self_distance(ref[mine], kind, metric, k)
+    return result
+
+
 def mean_distance(
     x: ArrayLike, reference: ArrayLike, metric: str = "l2", *, exclude_self: bool = False
 ) -> Float64s:
@@ -66,9 +106,10 @@ def mean_distance(
     # mean ||x - r||^2 = ||x - mean||^2 + mean ||r - mean||^2: a sum of squares, so nothing cancels.
     # For unit rows 1 - cos = ||x - r||^2 / 2, so cosine is the same sum.
     unit = metric == "cosine"
-    mean = _mean(ref, unit)
-    spread = float(np.mean(_squared_to(ref, mean, unit)))
-    return rest * (_squared_to(x, mean, unit) + spread) / (2.0 if unit else ref.shape[1])
+    own, other = (rows.lengths(x), rows.lengths(ref)) if unit else (None, None)
+    mean = rows.mean(ref, other)
+    spread = float(np.mean(rows.squared_to(ref, mean, other)))
+    return rest * (rows.squared_to(x, mean, own) + spread) / (2.0 if unit else ref.shape[1])
 
 
 def knn_distance(
@@ -80,7 +121,7 @@ def knn_distance(
     """
     x, ref = _pair(x, reference, metric, exclude_self)
     k = _neighbours(k, len(ref) - exclude_self)
-    indices, squared = _search(x, ref, k + exclude_self, metric == "cosine")
+    indices, squared, _ = search(x, prepare(ref, metric == "cosine"), k + exclude_self)
     if exclude_self:  # drop the row itself; where exact doubles crowded it out, drop the farthest
         extra = indices == np.arange(len(x))[:, None]
         extra[~extra.any(axis=1), -1] = True
@@ -88,12 +129,27 @@ def knn_distance(
     return np.mean(_from_squared(squared, metric, ref.shape[1]), axis=1)
 
 
+def indexed(reference: ArrayLike, metric: str = "l2", index: str = "ivf") -> Reference:
+    """Reference [M, D] behind an index of curate/neighbours.py, for `knn_by_index` of many sets of rows."""
+    _check(metric)
+    return prepare(matrix("reference", reference), metric == "cosine", index)
+
+
+def knn_by_index(x: ArrayLike, reference: Reference, k: int = 10, metric: str = "l2") -> tuple[Float64s, float]:
+    """`knn_distance` [N] with the neighbours that an index finds (made for the same metric), and its recall in [0, 1],
+    measured. What it misses is replaced by rows farther off, so that no distance comes out too small."""
+    _check(metric)
+    x = matrix("x", x, columns=reference.rows.shape[1])
+    _, squared, recall = search(x, reference, _neighbours(k, len(reference.rows)))
+    return _finite(np.mean(_from_squared(squared, metric, x.shape[1]), axis=1)), recall
+
+
 def nearest(
     x: ArrayLike, reference: ArrayLike, k: int = 10, metric: str = "l2"
 ) -> tuple[np.ndarray, Float64s]:
     """The k reference rows nearest to each row of x: indices [N, k] and distances [N, k], nearest first."""
     x, ref = _pair(x, reference, metric)
-    indices, squared = _search(x, ref, _neighbours(k, len(ref)), metric == "cosine")
+    indices, squared, _ = search(x, prepare(ref, metric == "cosine"), _neighbours(k, len(ref)))
     return indices, _from_squared(squared, metric, ref.shape[1])
 
 
@@ -108,72 +164,19 @@ def distance_to_mean(
     count = len(ref)
     if metric != "cosine":
         rest = count / (count - 1) if exclude_self else 1.0  # x - mean of the others = rest * (x - mean)
-        return _from_squared(rest**2 * _squared_to(x, _mean(ref)), metric, ref.shape[1])
-    mean = _mean(ref, unit=True)
+        return _from_squared(rest**2 * rows.squared_to(x, rows.mean(ref)), metric, ref.shape[1])
+    own, mean = rows.lengths(x), rows.mean(ref, rows.lengths(ref))
     result = np.empty(len(x))
     for tile in tiles(len(x), 24 * x.shape[1]):
-        rows = _rows(x[tile], unit=True)
-        centers = (count * mean - rows) / (count - 1) if exclude_self else mean[None]
+        unit = rows.exact(x[tile], own[tile])
+        centers = (count * mean - unit) / (count - 1) if exclude_self else mean[None]
         norms = np.linalg.norm(centers, axis=1, keepdims=True)
         if not (norms > 1e-12).all():
             raise WinnowError(
                 "reference directions cancel out, so D_0 has no mean direction: "
                 "use kind 'mean' or metric 'l2'"
             )
-        result[tile] = np.sum((rows - centers / norms) ** 2, axis=1) / 2
-    return result
-
-
-def mahalanobis(
-    x: ArrayLike, reference: ArrayLike, shrinkage: float | None = None, *, exclude_self: bool = False
-) -> Float64s:
-    """Mahalanobis distance to reference [M, D] under C = (1 - s) cov + s tr(cov)/D I: x [N, D] -> [N].
-
-    shrinkage: s in [0, 1]; None estimates it (Ledoit & Wolf 2004). s = 0 needs a covariance of full rank.
-    exclude_self: x is the reference; mean and covariance leave each row out (s is estimated once).
-    """
-    x, ref = _pair(x, reference, "l2", exclude_self)
-    count, dim = ref.shape
-    if count < 2:
-        raise WinnowError("reference has 1 row: a covariance needs 2 or more, use kind 'center'")
-    mean = _mean(ref)
-    values, axes = _principal_axes(ref, mean)
-    total = float(values.sum())
-    if total <= 0:
-        raise WinnowError("reference rows are all equal, so D_0 has no covariance: use kind 'center'")
-    if shrinkage is None:
-        shrinkage = _ledoit_wolf(values, _squared_to(ref, mean), dim)
-    if not 0 <= shrinkage <= 1:
-        raise WinnowError(f"shrinkage is {shrinkage}: give a number in [0, 1], or none to estimate it")
-    if shrinkage == 0 and (len(values) < dim or values.min() <= values.max() * dim * np.finfo(float).eps):
-        raise WinnowError(
-            f"covariance of {count} reference rows in {dim} dimensions has no inverse: "
-            "give shrinkage above 0 or more rows"
-        )
-    result = np.empty(len(x))
-    for tile in tiles(len(x), 8 * (2 * dim + len(values))):
-        y = _rows(x[tile]) - mean
-        norm2 = np.einsum("nd,nd->n", y, y)
-        along = (y @ axes) ** 2
-        # Squared length outside the axes; zero, not rounding noise, where they span the space.
-        outside = np.maximum(norm2 - along.sum(axis=1), 0) if len(values) < dim else np.zeros(len(y))
-        scale, ridge = 1.0, np.full(len(y), shrinkage * total / dim)
-        if exclude_self:
-            # Without row y: cov' = ((M-1) cov - M/(M-1) y y^T) / (M-2), mean' = mean - y/(M-1).
-            scale = (count - 1) / (count - 2)
-            ridge = shrinkage * (scale * total - norm2 * count / ((count - 1) * (count - 2))) / dim
-        quad = np.sum(along / ((1 - shrinkage) * scale * values + ridge[:, None]), axis=1)
-        if len(values) < dim:
-            quad += outside / ridge
-        if exclude_self:  # Sherman-Morrison takes the y y^T term out of the inverse
-            lost = (1 - shrinkage) * count / ((count - 1) * (count - 2))
-            if (lost * quad >= 1 - 1e-9).any():
-                raise WinnowError(
-                    "covariance without one of the reference rows has no inverse: "
-                    "give shrinkage above 0 or more rows"
-                )
-            quad = (count / (count - 1)) ** 2 * quad / (1 - lost * quad)
-        result[tile] = np.sqrt(quad)
+        result[tile] = np.sum((unit - centers / norms) ** 2, axis=1) / 2
     return result
 
 
@@ -192,11 +195,15 @@ def _pick(kind: str) -> Kind:
     return KINDS[kind]
 
 
+def _check(metric: str) -> None:
+    if metric not in METRICS:
+        raise WinnowError(f"distance metric is {metric!r}: choose one of {', '.join(METRICS)}")
+
+
 def _pair(
     x: ArrayLike, reference: ArrayLike, metric: str, exclude_self: bool = False
 ) -> tuple[Floats, Floats]:
-    if metric not in METRICS:
-        raise WinnowError(f"distance metric is {metric!r}: choose one of {', '.join(METRICS)}")
+    _check(metric)
     ref = matrix("reference", reference)
     x = matrix("x", x, columns=ref.shape[1])
     if exclude_self and (len(x) != len(ref) or len(ref) < 2):
@@ -205,6 +212,21 @@ def _pair(
             "reference needs the same rows on both sides, two or more"
         )
     return x, ref
+
+
+def _members(groups: np.ndarray, names: np.ndarray) -> list[Ints]:
+    """The rows of each of these groups; of the others none."""
+    order = np.argsort(groups, kind="stable")
+    start, stop = (np.searchsorted(groups, names, side, sorter=order) for side in ("left", "right"))
+    return [order[a:b] for a, b in zip(start, stop, strict=True)]
+
+
+@contextmanager
+def _named(group: object) -> Iterator[None]:
+    try:
+        yield
+    except WinnowError as error:
+        raise WinnowError(f"group {group}: {error}") from None
 
 
 def _neighbours(k: int, rows: int) -> int:
@@ -219,106 +241,26 @@ def _finite(values: Float64s) -> Float64s:
     return values
 
 
-def _rows(x: Floats, unit: bool = False) -> Float64s:
-    """Rows in float64, of length 1 if unit."""
-    rows = x.astype(np.float64)
-    if unit:
-        peaks = np.abs(rows).max(axis=1, keepdims=True)
-        if not (peaks > 0).all():
-            raise WinnowError("a row is all zeros, so it has no direction: drop it or use metric 'l2'")
-        rows /= peaks  # so that neither tiny nor huge rows leave the range of a square
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
-
-
-def _mean(x: Floats, unit: bool = False) -> Float64s:
-    total = np.zeros(x.shape[1])
-    for tile in tiles(len(x), 24 * x.shape[1]):
-        total += _rows(x[tile], unit).sum(axis=0)
-    return total / len(x)
-
-
-def _squared_to(x: Floats, point: Float64s, unit: bool = False) -> Float64s:
-    """||x_i - point||^2: [N]."""
-    result = np.empty(len(x))
-    for tile in tiles(len(x), 24 * x.shape[1]):
-        y = _rows(x[tile], unit) - point
-        result[tile] = np.einsum("nd,nd->n", y, y)
-    return result
-
-
 def _from_squared(squared: Float64s, metric: str, dim: int) -> Float64s:
     return {"l2": np.sqrt(squared), "mse": squared / dim, "cosine": squared / 2}[metric]
 
 
 def _mean_l2(x: Floats, ref: Floats, same: bool) -> Float64s:
-    # ||x - r||^2 = ||x||^2 + ||r||^2 - 2 x.r cancels when both lie far from the origin, so both sides are
-    # centred on D_0's mean in float64 before they are cut to float32. What is left is harmless: the mean
-    # distance is at least ||x - mean|| and at least half of the mean ||r - mean||.
-    mean = _mean(ref)
-    side = max(1, min(4096, TILE_BYTES // (16 * x.shape[1])))
-    total = np.zeros(len(x))
-    for i in range(0, len(x), side):
-        xs, xx = _centred(x[i : i + side], mean)
-        for j in range(0, len(ref), side):
-            rs, rr = _centred(ref[j : j + side], mean)
-            squared = xs @ rs.T
-            squared *= -2
-            squared += xx[:, None]
-            squared += rr[None, :]
+    # Rounding is harmless here: the mean distance is at least ||x - mean|| and at least half of the mean ||r - mean||.
+    centre = rows.mean(ref).astype(np.float32)
+    bytes_, total = 4 * x.shape[1], np.zeros(len(x))
+    for own in tiles(len(x), max(bytes_, TILE_BYTES // ROWS)):
+        mine = rows.centred(x[own], centre)
+        mine_squared = np.vecdot(mine, mine)[:, None]
+        mine *= -2
+        for other in tiles(len(ref), max(bytes_, TILE_BYTES // ROWS), TILE_BYTES // 4):
+            others = rows.centred(ref[other], centre)
+            squared = mine @ others.T
+            squared += mine_squared
+            squared += np.vecdot(others, others)
             np.maximum(squared, 0, out=squared)
-            if same and i == j:
-                np.fill_diagonal(squared, 0)
-            total[i : i + side] += np.sqrt(squared, out=squared).sum(axis=1, dtype=np.float64)
+            if same:
+                both = np.arange(max(own.start, other.start), min(own.stop, other.stop))
+                squared[both - own.start, both - other.start] = 0
+            total[own] += np.sqrt(squared, out=squared).sum(axis=1)
     return total / len(ref)
-
-
-def _centred(rows: Floats, mean: Float64s) -> tuple[Floats, Floats]:
-    with np.errstate(over="ignore"):  # an overflow is reported as such at the end
-        centred = (rows - mean).astype(np.float32)
-        return centred, np.einsum("nd,nd->n", centred, centred)
-
-
-def _search(x: Floats, ref: Floats, k: int, unit: bool) -> tuple[np.ndarray, Float64s]:
-    """k nearest reference rows by faiss, then their squared distances again in float64: both [N, k]."""
-    mean = _mean(ref, unit)
-    index = faiss.IndexFlatL2(ref.shape[1])
-    for tile in tiles(len(ref), 24 * ref.shape[1]):
-        index.add(np.ascontiguousarray(_rows(ref[tile], unit) - mean, dtype=np.float32))
-    indices = np.empty((len(x), k), dtype=np.int64)
-    squared = np.empty((len(x), k))
-    for tile in tiles(len(x), 24 * x.shape[1] * (k + 1)):
-        rows = _rows(x[tile], unit)
-        found = index.search(np.ascontiguousarray(rows - mean, dtype=np.float32), k)[1]
-        near = _rows(ref[found.reshape(-1)], unit).reshape(*found.shape, -1)
-        exact = np.sum((rows[:, None, :] - near) ** 2, axis=2)
-        order = np.argsort(exact, axis=1, kind="stable")
-        indices[tile] = np.take_along_axis(found, order, axis=1)
-        squared[tile] = np.take_along_axis(exact, order, axis=1)
-    return indices, squared
-
-
-def _ledoit_wolf(values: Float64s, norms2: Float64s, dim: int) -> float:
-    """Shrinkage of Ledoit & Wolf (2004) from the variances and the squared lengths of the centred rows."""
-    count = len(norms2)
-    values = values * (count - 1) / count
-    square = np.sum(values**2)
-    spread = square - values.sum() ** 2 / dim
-    error = (np.mean(norms2**2) - square) / count
-    return float(np.clip(error / spread, 0, 1)) if spread > 0 else 1.0
-
-
-def _principal_axes(ref: Floats, mean: Float64s) -> tuple[Float64s, Float64s]:
-    """Variances [K] along orthonormal axes [D, K] of the reference, K = min(M - 1, D) or fewer."""
-    count, dim = ref.shape
-    if dim < count:
-        cov = np.zeros((dim, dim))
-        for tile in tiles(count, 24 * dim):
-            y = _rows(ref[tile]) - mean
-            cov += y.T @ y
-        values, axes = np.linalg.eigh(cov / (count - 1))
-        return np.maximum(values, 0), axes
-    _, scales, axes = np.linalg.svd(_rows(ref) - mean, full_matrices=False)
-    values = scales**2 / (count - 1)
-    real = values > values.max(initial=0) * dim * np.finfo(float).eps
-    return values[real], axes[real].T

@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from curate import groups as grouped
+from curate import rows
 from curate.arrays import Float64s, Floats, Ints, matrix, tiles, vector
 from schemas.errors import WinnowError
+
+Z = 1.959963984540054  # standard errors on either side of a 95 % interval
 
 
 class Interval(NamedTuple):
@@ -57,45 +60,26 @@ def frechet(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike
 
 
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
-    """Fréchet distance of features a [N, D] and b [M, D]. Biased upwards by order 1/N: compare equal N."""
-    mean1, cov1, _ = moments(a)
-    mean2, cov2, _ = moments(b)
-    return frechet(mean1, cov1, mean2, cov2)
+    """Fréchet distance of features a [N, D] and b [M, D]. Biased upwards by order 1/N: compare equal N.
 
-
-def kid(a: ArrayLike, b: ArrayLike) -> float:
-    """Unbiased squared MMD of a [N, D] and b [M, D] under (x.y / D + 1)^3 (KID, arXiv 1801.01401).
-
-    Over all rows rather than random subsets, so it needs no seed. May be slightly below 0.
+    With fewer rows than dimensions on a side no covariance is written out: for centred rows X and Y, divided by
+    sqrt(N - 1) and sqrt(M - 1), tr (C1 C2)^(1/2) is the sum of the singular values of X Y^T [N, M].
     """
-    x, y = _two(a, b)
-    if min(len(x), len(y)) < 2:
-        raise WinnowError("features have 1 row: an unbiased MMD needs 2 or more samples on each side")
-    dim = x.shape[1]
-
-    def within(z: Floats) -> float:
-        own = (np.einsum("nd,nd->n", z, z, dtype=np.float64) / dim + 1) ** 3
-        return (_kernel_sum(z, z, cubic) - math.fsum(own)) / (len(z) * (len(z) - 1))
-
-    def cubic(dots: Float64s) -> Float64s:
-        return (dots / dim + 1) ** 3
-
-    return within(x) + within(y) - 2 * _kernel_sum(x, y, cubic) / (len(x) * len(y))
-
-
-def cmmd(a: ArrayLike, b: ArrayLike) -> float:
-    """CMMD of CLIP features a [N, D] and b [M, D]: 1000 x squared MMD under a Gaussian kernel of sigma 10
-    on unit vectors (arXiv 2401.09603, eq. 4), with the diagonal, as published figures have it. At least 0."""
-    x, y = (_unit(side) for side in _two(a, b))
-
-    def excess(dots: Float64s) -> Float64s:
-        # exp(-|x - y|^2 / 200) - 1: the three ones cancel, so they are left out before they cost digits
-        return np.expm1((2 * dots - 2) / (2 * 10.0**2))
-
-    n, m = len(x), len(y)
-    squared = (_kernel_sum(x, x, excess) / n**2 + _kernel_sum(y, y, excess) / m**2
-               - 2 * _kernel_sum(x, y, excess) / (n * m))  # fmt: skip
-    return max(0.0, 1000 * squared)
+    x = matrix("features a", a)
+    y = matrix("features b", b, columns=x.shape[1])
+    if min(len(x), len(y)) >= x.shape[1] or min(len(x), len(y)) < 2:
+        mean1, cov1, _ = moments(x)
+        mean2, cov2, _ = moments(y)
+        return frechet(mean1, cov1, mean2, cov2)
+    means = rows.mean(x), rows.mean(y)
+    traces = [rows.squared_to(side, mean).sum() / (len(side) - 1) for side, mean in zip((x, y), means, strict=True)]
+    products = np.empty((len(x), len(y)))
+    for i in tiles(len(x), 16 * x.shape[1]):
+        mine = rows.exact(x[i]) - means[0]
+        for j in tiles(len(y), 16 * x.shape[1]):
+            products[i, j] = mine @ (rows.exact(y[j]) - means[1]).T
+    cross = np.linalg.svd(products, compute_uv=False).sum() / math.sqrt((len(x) - 1) * (len(y) - 1))
+    return max(0.0, float(np.sum((means[0] - means[1]) ** 2) + sum(traces) - 2 * cross))
 
 
 def diversity(features: ArrayLike, groups: ArrayLike) -> float:
@@ -108,9 +92,9 @@ def diversity(features: ArrayLike, groups: ArrayLike) -> float:
     order = np.argsort(code, kind="stable")
     starts = np.flatnonzero(np.diff(code[order], prepend=-1))
     variances = []
-    for rows in np.split(order, starts[1:]):
-        if len(rows) > 1:
-            variances.append(float(np.var(x[rows], axis=0, ddof=1, dtype=np.float64).sum()))
+    for mates in np.split(order, starts[1:]):
+        if len(mates) > 1:
+            variances.append(float(np.var(x[mates], axis=0, ddof=1, dtype=np.float64).sum()))
     if not variances:
         raise WinnowError(
             "no group has two samples: generate 2 or more images per prompt to measure diversity"
@@ -149,8 +133,8 @@ def bootstrap(
     draw = partial(rng.integers, 0, total, total) if code is None else partial(_within, code, rng)
     for i in range(n):
         if paired:
-            rows = draw()
-            values[i] = statistic(*(column[rows] for column in columns))
+            drawn = draw()
+            values[i] = statistic(*(column[drawn] for column in columns))
         else:
             values[i] = statistic(*(column[rng.integers(0, len(column), len(column))] for column in columns))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
@@ -181,6 +165,20 @@ def mean_over(values: ArrayLike, groups: ArrayLike, n: int = 1000, rng: np.rando
     return Interval(value, min(low, value), max(high, value))
 
 
+def mean_within(values: ArrayLike, strata: ArrayLike) -> Interval:
+    """Mean of values [N] with the 95 % interval of rows drawn anew within their own stratum [N], in closed form.
+
+    For what is measured of a fixed set of prompts, as `bootstrap` with strata. A row alone in its stratum adds nothing
+    to the width.
+    """
+    values = vector("values", values)
+    code = grouped.codes(strata, rows=len(values))
+    off = values - grouped.means(code, values)[code]
+    half = Z * math.sqrt(float(np.sum(off**2))) / len(values)
+    value = float(values.mean())
+    return Interval(value, value - half, value + half)
+
+
 def wins(a: ArrayLike, b: ArrayLike) -> Float64s:
     """1 where a beats b, 1/2 for a tie, else 0: scores [N], [N] -> [N]. The mean is the win rate."""
     a = vector("scores a", a)
@@ -192,8 +190,7 @@ def proportion(k: float, n: int) -> Interval:
     """k of n with its 95 % Wilson score interval (Wilson 1927), within [0, 1] also at k = 0 and k = n."""
     if not (n >= 1 and 0 <= k <= n):
         raise WinnowError(f"{k} of {n} is no proportion: give n of 1 or more and k in 0..n")
-    z = 1.959963984540054
-    p = k / n
+    z, p = Z, k / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
@@ -207,25 +204,3 @@ def _root(cov: Floats) -> Float64s:
             "unlike features"
         )
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-
-
-def _two(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
-    x = matrix("features a", a)
-    return x, matrix("features b", b, columns=x.shape[1])
-
-
-def _unit(x: Floats) -> Float64s:
-    norms = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    if not (norms > 0).all():
-        raise WinnowError("a feature row is all zeros, so it has no direction: drop that sample")
-    return x / norms
-
-
-def _kernel_sum(x: Floats, y: Floats, kernel: Callable[[Float64s], Float64s]) -> float:
-    """Sum of kernel(x_i . y_j) over all pairs, a tile of rows against a tile of rows at a time."""
-    sums = []
-    for i in tiles(len(x), 8 * (x.shape[1] + 4096)):
-        rows = x[i].astype(np.float64)
-        for j in tiles(len(y), 8 * x.shape[1] + 24 * len(rows)):
-            sums.append(float(kernel(rows @ y[j].astype(np.float64).T).sum()))
-    return math.fsum(sums)

@@ -3,36 +3,26 @@
     policy(scores [N], groups [N], ids [N], features=None [N, D], budget=None, rng=None, **settings)
 
 Scores are higher-is-better, groups are prompts, ids are unique and break ties, so the order of the rows never
-changes a decision. A policy ignores what it does not need. `floors` and `dedup` come before a policy: they
-narrow the candidates, and `narrow` puts the two decisions together.
+changes a decision. A policy ignores what it does not need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from curate import groups as grouped
-from curate.arrays import Bools, Float64s, Ints, matrix, unique_keys, vector
+from curate.arrays import Bools, Float64s, Ints, keys, matrix, unique_keys, vector
+from curate.balance import shares
 from curate.clusters import kmeans
-from curate.duplicates import by_vector
+from curate.decision import Decision, unsaid
+from curate.pareto import beaten_by
 from schemas.errors import WinnowError
 
 Rng = np.random.Generator | int | None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """kept [N]; rank [N], 1 = first in the policy's order, 0 = dropped before ranking; reason [N], why a
-    row was dropped, "" where it is kept."""
-
-    kept: Bools
-    rank: Ints
-    reason: NDArray[np.object_]
 
 
 def best_of_n(
@@ -90,7 +80,7 @@ def top_k(
     if budget is None:
         raise WinnowError("top_k has no budget: give the number of samples to keep")
     rank = grouped.ranks(np.zeros(len(ids), np.int64), -values, ids)
-    return _cut(np.ones(len(ids), bool), rank, rank, _empty(len(ids)), budget)
+    return _cut(np.ones(len(ids), bool), rank, rank, unsaid(len(ids)), budget)
 
 
 def diverse(
@@ -113,17 +103,44 @@ def diverse(
     cluster = np.empty(len(ids), dtype=np.int64)
     seed = int(np.random.default_rng(0 if rng is None else rng).integers(2**31))
     cluster[by_id] = kmeans(x[by_id], min(clusters, len(ids)), seed)
-    room = _quotas(np.bincount(cluster), budget)
-    visit = np.lexsort((ids, -values, grouped.ranks(code, -values, ids)))
-    rank = np.empty(len(ids), dtype=np.int64)
-    rank[visit] = np.arange(1, len(ids) + 1)
-    place = grouped.ranks(cluster, rank)
-    kept = place <= room[cluster]
-    reason = _empty(len(ids))
-    for i in np.flatnonzero(~kept):
-        c = cluster[i]
-        reason[i] = f"outside quota: rank {place[i]} in cluster {c}, which keeps {room[c]}"
-    return Decision(kept, rank, reason)
+    names = np.array([f"cluster {c}" for c in range(cluster.max() + 1)])
+    everything = Decision(np.ones(len(ids), bool), grouped.ranks(code, -values, ids), unsaid(len(ids)))
+    return _under_quotas(everything, values, ids, cluster, names, _quotas(np.bincount(cluster), budget))
+
+
+def stratified(
+    scores: ArrayLike, groups: ArrayLike, ids: ArrayLike, features: ArrayLike | None = None,
+    budget: int | None = None, rng: Rng = None, *, strata: ArrayLike, k: int = 1,
+) -> Decision:  # fmt: skip
+    """The k best of each prompt, as many of every stratum as of any other, or all it has.
+
+    strata names that of each row [N], such as its prompt's category. Within a stratum they are taken as `best_of_n`
+    ranks them. Rank: place in that visit.
+    """
+    values, code, ids = _check(scores, groups, ids)
+    if budget is None:
+        raise WinnowError("strata have no budget to share: give the number of samples to keep")
+    names, stratum = np.unique(keys("strata", strata, rows=len(ids)), return_inverse=True)
+    best = _per_prompt("rank", -values, code, ids, k, None, np.ones(len(ids), bool))
+    room = np.array(shares(np.bincount(stratum[best.kept], minlength=len(names)).tolist(), _budget(budget)), np.int64)
+    return _under_quotas(best, values, ids, stratum, names, room)
+
+
+def pareto(
+    scores: ArrayLike, groups: ArrayLike, ids: ArrayLike, features: ArrayLike | None = None,
+    budget: int | None = None, rng: Rng = None, *, columns: ArrayLike, k: int = 1,
+) -> Decision:  # fmt: skip
+    """Of each prompt those that no other outdoes: as good by every scorer and better by one; columns [N, S].
+
+    k at most, the highest `scores` (the scorers fused) first. Rank: place among those of the prompt.
+    """
+    values, code, ids = _check(scores, groups, ids)
+    better = beaten_by(matrix("score columns", columns, rows=len(ids)), code, ids)
+    decision = _per_prompt("rank", -values, code, ids, k, budget, better < 0)
+    reason = decision.reason.copy()
+    for i in np.flatnonzero(better >= 0):
+        reason[i] = f"outdone by {ids[better[i]]}: no score is higher, one or more lower"
+    return Decision(decision.kept, decision.rank, reason)
 
 
 Policy = Callable[..., Decision]
@@ -133,57 +150,9 @@ POLICIES: dict[str, Policy] = {
     "quantile_band": quantile_band,
     "random": random_choice,
     "diverse": diverse,
+    "strata": stratified,
+    "pareto": pareto,
 }
-
-
-def picks(ids: ArrayLike, chosen: ArrayLike) -> Decision:
-    """Keeps the rows whose id [N] is among those that people chose [M]. Rank 0."""
-    kept = np.isin(np.asarray(ids), np.asarray(chosen))
-    reason = np.where(kept, "", "not picked by hand").astype(object)
-    return Decision(kept, np.zeros(len(kept), dtype=np.int64), reason)
-
-
-def floors(scores: Mapping[str, ArrayLike], least: Mapping[str, float]) -> Decision:
-    """Drops rows below the least value of any scorer: scores {name: [N]}, least {name: value}. Rank 0."""
-    if not scores:
-        raise WinnowError("floors got no scores: score the samples first")
-    values = {name: vector(f"scores of {name}", column) for name, column in scores.items()}
-    rows = len(next(iter(values.values())))
-    reason = _empty(rows)
-    for name, floor in least.items():
-        if name not in values:
-            raise WinnowError(f"floor for {name!r}, which has no scores: choose among {', '.join(values)}")
-        for i in np.flatnonzero(vector(f"scores of {name}", values[name], rows=rows) < floor):
-            said = f"below floor {name} {values[name][i]:.6g} < {floor:g}"
-            reason[i] = f"{reason[i]}; {said}" if reason[i] else said
-    return Decision(reason == "", np.zeros(rows, dtype=np.int64), reason)
-
-
-def dedup(features: ArrayLike, threshold: float, scores: ArrayLike, ids: ArrayLike) -> Decision:
-    """Keeps the best of rows whose features [N, D] have cosine similarity >= threshold. Rank 0.
-
-    Greedy from the highest score down, so a dropped row is always near to the kept row its reason names.
-    """
-    values, _, ids = _check(scores, np.zeros(np.shape(ids), np.int64), ids)
-    x = matrix("features", features, rows=len(ids))
-    twin, likeness = by_vector(x, threshold, np.lexsort((ids, -values)))
-    reason = _empty(len(ids))
-    for i in np.flatnonzero(twin >= 0):
-        reason[i] = f"near duplicate of {ids[twin[i]]}: similarity {likeness[i]:.4f}"
-    return Decision(twin < 0, np.zeros(len(ids), dtype=np.int64), reason)
-
-
-def narrow(first: Decision, second: Decision) -> Decision:
-    """`second` decided over the rows that `first` kept, in their order; the two as one over all rows [N]."""
-    if len(second.kept) != first.kept.sum():
-        raise WinnowError(
-            f"second decision covers {len(second.kept)} rows, the first kept {first.kept.sum()}: "
-            "decide over exactly the rows that were kept"
-        )
-    kept, rank, reason = first.kept.copy(), first.rank.copy(), first.reason.copy()
-    left = np.flatnonzero(first.kept)
-    kept[left], rank[left], reason[left] = second.kept, second.rank, second.reason
-    return Decision(kept, rank, reason)
 
 
 def _check(scores: ArrayLike, groups: ArrayLike, ids: ArrayLike) -> tuple[Float64s, Ints, NDArray[Any]]:
@@ -200,7 +169,7 @@ def _per_prompt(
     rank = grouped.ranks(code, ~allowed, key, ids)
     count = np.bincount(code, weights=allowed).astype(np.int64)[code]
     kept = allowed & (rank <= k)
-    reason = _empty(len(ids))
+    reason = unsaid(len(ids))
     for i in np.flatnonzero(~kept):
         reason[i] = f"{order} {rank[i]} of {count[i]} for its prompt"
     if budget is None:
@@ -216,6 +185,21 @@ def _cut(kept: Bools, rank: Ints, overall: Ints, reason: NDArray[np.object_], bu
     for i in np.flatnonzero(over):
         reason[i] = f"outside budget: rank {overall[i]} of {budget}"
     return Decision(kept & ~over, rank, reason)
+
+
+def _under_quotas(
+    first: Decision, values: Float64s, ids: NDArray[Any], code: Ints, names: NDArray[Any], room: Ints
+) -> Decision:
+    """Those that `first` kept, by their rank in the prompt, then by score, while their class [N] has room [C]."""
+    visit = np.lexsort((ids, -values, first.rank, ~first.kept))
+    rank = np.empty(len(ids), dtype=np.int64)
+    rank[visit] = np.arange(1, len(ids) + 1)
+    place = grouped.ranks(code, rank)
+    kept = first.kept & (place <= room[code])
+    reason = first.reason.copy()
+    for i in np.flatnonzero(first.kept & ~kept):
+        reason[i] = f"outside quota: rank {place[i]} in {names[code[i]]}, which keeps {room[code[i]]}"
+    return Decision(kept, rank, reason)
 
 
 def _quotas(counts: Ints, budget: int) -> Ints:
@@ -239,7 +223,3 @@ def _budget(budget: int) -> int:
     if budget < 1:
         raise WinnowError(f"budget is {budget}: keep 1 sample or more")
     return int(budget)
-
-
-def _empty(rows: int) -> NDArray[np.object_]:
-    return np.full(rows, "", dtype=object)

@@ -83,7 +83,7 @@ def candidates(source: Source, recipe: Recipe | None, arm: str, number: int) -> 
 
 def _selection_score(source: Source, recipe: Recipe | None, rows: pa.Table) -> np.ndarray | None:
     """The number that the selection went by: one scorer's, or several fused; None where not all rows have it."""
-    if recipe is None or recipe.select.policy == "random":
+    if recipe is None or not recipe.select.reads_scores:
         return None
     columns = []
     for scorer in selecting(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,24 +11,30 @@ from pydantic import Field
 
 from curate import distance as far
 from jobs import samples
-from jobs.embed import vectors_of
+from jobs.embed import embedded, vectors_of
+from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
+from schemas.ids import digest
 from schemas.settings import Settings
 from schemas.tables import TABLES
 
 REFERENCE = "d0"
+EXACT = 20_000  # rows of D_0 beyond which searching all of them takes longer than building an index
 
 
 class Distance(Settings):
     """``space``: an encoder of ``embed.encoders``; null computes nothing. ``kind``: mean over D_0 (the paper),
-    knn, center or mahalanobis; ``k`` is for knn alone."""
+    knn, center or mahalanobis; ``k`` and ``index`` are for knn alone. ``match``: the whole of D_0, or of each sample's
+    own prompt. ``index``: auto is exact up to 20,000 images of D_0, and ivf for more."""
 
     space: str | None = None
     kind: Literal["mean", "knn", "center", "mahalanobis"] = "mean"
     metric: Literal["l2", "mse", "cosine"] = "l2"
     k: int = Field(10, ge=1)
+    match: Literal["whole", "prompt"] = "whole"
+    index: Literal["auto", "exact", "ivf", "ivfpq", "hnsw"] = "auto"
 
     @property
     def name(self) -> str:
@@ -36,14 +43,19 @@ class Distance(Settings):
             return self.kind
         return f"{self.kind}{self.k if self.kind == 'knn' else ''}-{self.metric}"
 
+    @property
+    def reference(self) -> str:
+        """What the ``reference`` column says: the whole of D_0, or its images of the same prompt."""
+        return REFERENCE if self.match == "whole" else f"{REFERENCE}-prompt"
+
 
 def distance(run: Run, split: str = "train") -> None:
     """Distances of a split to D_0; those of D_0 itself (split "reference") leave each row out."""
     settings = run.recipe.distance
     if settings.space is None:
         return
-    vectors_of(run, settings.space, split)  # all are embedded, or it says which encoder is to be run
-    d0 = vectors_of(run.base(), settings.space, "reference")[0]
+    embedded(run, settings.space, split)
+    d0 = embedded(run.base(), settings.space, "reference")
     spec = ["distance", settings.model_dump(mode="json"), sorted(d0.tolist())]
     for place, rows in samples.sets(run, split):
         rows = rows.select(["sample_id"])
@@ -54,20 +66,14 @@ def distance(run: Run, split: str = "train") -> None:
 
 def _work(run: Run, split: str, settings: Distance) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        assert settings.space is not None
-        _, reference = vectors_of(run.base(), settings.space, "reference")
-        if split == "reference":
-            values = far.self_distance(reference, settings.kind, settings.metric, settings.k)
-        else:
-            numbers, x = vectors_of(run, settings.space, split)
-            values = far.distance(x[np.isin(numbers, ids(rows))], reference, settings.kind, settings.metric, settings.k)
+        values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],
             "round": pa.array(np.full(n, run.round, np.int32)),
             "space": pa.array([settings.space] * n),
             "metric": pa.array([settings.name] * n),
-            "reference": pa.array([REFERENCE] * n),
+            "reference": pa.array([settings.reference] * n),
             "value": pa.array(values),
         }
         return pa.table(columns, schema=TABLES["distances"].schema)
@@ -75,13 +81,62 @@ def _work(run: Run, split: str, settings: Distance) -> Work:
     return work
 
 
+def _own(run: Run, settings: Distance) -> np.ndarray:
+    """Distances of D_0 to itself [M]."""
+    _, reference = vectors_of(run, str(settings.space), "reference")
+    if settings.match == "whole":
+        return far.self_distance(reference, settings.kind, settings.metric, settings.k)
+    prompts = samples.of(run, "reference")["prompt_id"].to_numpy()
+    return far.self_matched(reference, prompts, settings.kind, settings.metric, settings.k)
+
+
+def _far(run: Run, split: str, settings: Distance, wanted: np.ndarray) -> np.ndarray:
+    """Distances to D_0 of these samples of a split [N]."""
+    numbers, x = vectors_of(run, str(settings.space), split)
+    some = np.isin(numbers, wanted)
+    d0 = _d0(run.base(), settings)
+    if settings.match == "prompt":
+        mine, theirs = (samples.of(*of)["prompt_id"].to_numpy() for of in ((run, split), (run.base(), "reference")))
+        return far.matched(x[some], mine[some], d0.vectors, theirs, settings.kind, settings.metric, settings.k)
+    if d0.ready is None:
+        return far.distance(x[some], d0.vectors, settings.kind, settings.metric, settings.k)
+    values, recall = far.knn_by_index(x[some], d0.ready, settings.k, settings.metric)
+    say(f"distance {run.arm} round {run.round}: the index finds {recall:.1%} of the {settings.k} nearest of D_0")
+    return values
+
+
+@dataclass(frozen=True)
+class D0:
+    """D_0's vectors [M, D], and the index over them where the settings want one."""
+
+    vectors: np.ndarray
+    ready: far.Reference | None
+
+
+_kept: dict[str, D0] = {}  # the newest alone: all rounds of a loop measure against one D_0
+
+
+def _d0(base: Run, settings: Distance) -> D0:
+    space = str(settings.space)
+    key = digest([str(base.store), settings.model_dump(mode="json"), embedded(base, space, "reference").tolist()])
+    if key not in _kept:
+        _kept.clear()
+        _, vectors = vectors_of(base, space, "reference")
+        index = settings.index if settings.index != "auto" else ("ivf" if len(vectors) > EXACT else "exact")
+        whole = settings.kind == "knn" and settings.match == "whole" and index != "exact"
+        _kept[key] = D0(vectors, far.indexed(vectors, settings.metric, index) if whole else None)
+    return _kept[key]
+
+
 def distances_of(run: Run, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids [N] and distances to D_0 [N] of a split by the recipe's metric."""
     settings = run.recipe.distance
-    found = run.query(
+    found = run.here(
         "SELECT sample_id, value FROM distances JOIN samples USING (sample_id) WHERE samples.round = $round "
-        "AND arm = $arm AND split = $split AND space = $space AND metric = $metric ORDER BY prompt_id, sample_id",
+        "AND arm = $arm AND split = $split AND space = $space AND metric = $metric AND reference = $reference "
+        "ORDER BY prompt_id, sample_id",
         round=run.round, arm=run.arm, split=split, space=settings.space, metric=settings.name,
+        reference=settings.reference,
     )  # fmt: skip
     if not found.num_rows:
         raise WinnowError(

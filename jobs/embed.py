@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from jobs import samples
 from jobs.encoders import Encoder, EncoderName, encoder
 from jobs.images import images_of
-from jobs.run import Run
+from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -57,14 +59,9 @@ def _work(run: Run, name: str, loaded: Encoder) -> Work:
     return work
 
 
-def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids int64 [N] and vectors float32 [N, D] of a split, in the order of ``samples.of``."""
-    where = {"encoder": encoder, "round": run.round, "arm": run.arm, "split": split}
-    joined = (
-        "FROM embeddings JOIN samples USING (sample_id) WHERE encoder = $encoder "
-        "AND samples.round = $round AND arm = $arm AND split = $split"
-    )
-    numbers = run.query(f"SELECT sample_id {joined} ORDER BY prompt_id, sample_id", **where)["sample_id"].to_numpy()
+def embedded(run: Run, encoder: str, split: str) -> np.ndarray:
+    """Sample ids int64 [N] of a split in the order of ``samples.of``; WinnowError where not all are embedded."""
+    numbers = ids(run.here(f"SELECT sample_id {_JOINED} ORDER BY prompt_id, sample_id", **_where(run, encoder, split)))
     if not len(numbers):
         raise WinnowError(
             f"embeddings: round {run.round} of arm {run.arm!r} has no {split} vectors of {encoder!r}; add it to "
@@ -76,12 +73,34 @@ def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarr
             f"embeddings: {len(numbers)} of {expected} {split} samples of round {run.round} are embedded by "
             f"{encoder!r}; run 'winnow embed' first"
         )
+    return numbers
+
+
+def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids int64 [N] and vectors float32 [N, D] of a split, in the order of ``samples.of``."""
+    numbers = embedded(run, encoder, split)
     # Sorting rows with their vectors would need them all in memory twice: each goes to its place as it comes.
-    place = {number: i for i, number in enumerate(numbers.tolist())}
+    order = np.argsort(numbers)
     vectors = np.empty((0, 0), np.float32)
-    for batch in run.stream(f"SELECT sample_id, vector {joined}", **where):
-        flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+    for batch in run.stream_here(f"SELECT sample_id, vector {_JOINED}", **_where(run, encoder, split)):
+        sizes = set(pc.unique(pc.list_value_length(batch["vector"])).to_pylist())
         if not len(vectors):
-            vectors = np.empty((len(numbers), flat.shape[1]), np.float32)
-        vectors[[place[number] for number in batch["sample_id"].to_pylist()]] = flat
+            vectors = np.empty((len(numbers), max(sizes)), np.float32)
+        if sizes != {vectors.shape[1]}:
+            raise WinnowError(
+                f"embeddings: {split} vectors of {encoder!r} in round {run.round} have {vectors.shape[1]} and "
+                f"{min(sizes - {vectors.shape[1]})} numbers; embed the round in a new store by one revision of it"
+            )
+        flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+        vectors[order[np.searchsorted(numbers, ids(batch), sorter=order)]] = flat
     return numbers, vectors
+
+
+_JOINED = (
+    "FROM embeddings JOIN samples USING (sample_id) WHERE encoder = $encoder AND samples.round = $round "
+    "AND arm = $arm AND split = $split"
+)
+
+
+def _where(run: Run, encoder: str, split: str) -> dict[str, Any]:
+    return {"encoder": encoder, "round": run.round, "arm": run.arm, "split": split}

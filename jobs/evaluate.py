@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +11,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from curate.drift import Interval, bootstrap, diversity, frechet, mean_over, moments, wins
+from curate.alarm import agreement
+from curate.drift import Interval, mean_over, wins
 from jobs import samples
 from jobs.digest import digest
+from jobs.drift import drift
 from jobs.embed import embed, vectors_of
 from jobs.encoders import EncoderName
 from jobs.generate import generate
+from jobs.images import images_of, look
 from jobs.run import BASE, Run, ids
 from jobs.score import score, scores_of
 from jobs.scorers import ScorerName
+from jobs.select import fuse, selecting
 from jobs.stage import Work, complete, units
 from jobs.train import trained_model
 from jobs.world import WEIGHTS
@@ -27,20 +31,26 @@ from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
 
+if TYPE_CHECKING:
+    from jobs.recipe import Recipe
+
 PROMPT_SET = "held-out"
+LOOKS = ("brightness", "saturation")
+IMAGES = 256  # decoded at once
 
 
 class Evaluate(Settings):
     """``scorers``: held out from selection. ``judge``: the scorer whose mean is ``judge_accuracy``. ``space``: the
-    encoder of the Fréchet distances and of diversity. ``real``: real images in that space, a Parquet file of
-    ``vector`` and, so that ``fd_real`` compares like with like, ``prompt``; or "embedded". ``resamples``: of the
-    bootstrap behind the intervals."""
+    encoder of the distances and of diversity; ``also``: others, measured beside it. ``real``: real images in ``space``,
+    a Parquet file of ``vector`` and, so that they compare like with like, ``prompt``; or "embedded". ``resamples``: of
+    the bootstrap behind the intervals."""
 
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=2)
     scorers: tuple[ScorerName, ...] = ()
     judge: ScorerName | None = None
     space: EncoderName | None = None
+    also: tuple[EncoderName, ...] = ()
     real: str | None = None
     resamples: int = Field(200, ge=2)
 
@@ -59,22 +69,32 @@ def real_path(name: str) -> Path:
     return path
 
 
-def real_moments(name: str, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D] of real images' features: those of ``prompts`` where the file names prompts, so
-    that what the prompts ask for is not mistaken for a distance."""
+def real_vectors(name: str, prompts: list[str]) -> np.ndarray:
+    """Features [M, D] of real images: those of ``prompts`` where the file names prompts, so that what the prompts ask
+    for is not mistaken for a distance."""
     path = real_path(name)
     try:
         table = pq.read_table(path)
         if "prompt" in table.column_names:
             table = table.filter(pc.field("prompt").isin(sorted(set(prompts))))
-        vectors = np.stack(table["vector"].to_numpy()).astype(np.float64)
+        return np.stack(table["vector"].to_numpy())
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise WinnowError(
             f"evaluate.real {name!r}: no features of real images for these prompts ({str(error)[:200]}); give "
             "'embedded' or a Parquet file of 'vector' and, if you like, 'prompt'"
         ) from error
-    mean, cov, _ = moments(vectors)
-    return mean, cov
+
+
+def spaces(settings: Evaluate) -> tuple[str, ...]:
+    """The encoders that drift is measured in, that of the guard first."""
+    return tuple(dict.fromkeys([*([settings.space] if settings.space else []), *settings.also]))
+
+
+def held_out(recipe: Recipe) -> tuple[str, ...]:
+    """The scorers of the evaluation that never choose."""
+    named = (*recipe.evaluate.scorers, *([recipe.evaluate.judge] if recipe.evaluate.judge else []))
+    chooses = {*(() if recipe.select.policy == "random" else selecting(recipe)), *recipe.select.floors}
+    return tuple(name for name in dict.fromkeys(named) if name not in chooses)
 
 
 def evaluate(run: Run) -> bool:
@@ -87,15 +107,13 @@ def evaluate(run: Run) -> bool:
     # Each step needs all of the one before: where other shards still work at it, this one has nothing more to do.
     if not generate(where, "eval", model):
         return False
-    if settings.space and not (
-        embed(where, "eval", (settings.space,)) and embed(run.base(), "reference", (settings.space,))
-    ):
+    if not (embed(where, "eval", spaces(settings)) and embed(run.base(), "reference", spaces(settings))):
         return False
     if not score(where, "eval", tuple(used)):
         return False
     rows = samples.of(where, "eval")
     one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
-    d0 = ids(samples.of(run.base(), "reference")).tolist() if settings.space else []
+    d0 = ids(samples.of(run.base(), "reference")).tolist() if spaces(settings) else []
     real = digest(real_path(settings.real)) if settings.real else None
     spec = ["evaluate", settings.model_dump(mode="json"), real, list(used), ids(rows).tolist(), d0]
     work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
@@ -104,7 +122,10 @@ def evaluate(run: Run) -> bool:
 
 def _work(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> Work:
     def work(_: pa.Table) -> pa.Table:
-        measured = {**_scored(run, where, rows, used), **_spread(run, where, rows)}
+        measured = {
+            **_scored(run, where, rows, used), **_agreement(run, where, rows), **_looks(run, where, rows),
+            **_spread(run, where, rows),
+        }  # fmt: skip
         made = [
             {"round": run.round, "arm": run.arm, "metric": metric, "prompt_set": PROMPT_SET, "value": value,
              "ci_low": low, "ci_high": high, "n": rows.num_rows}
@@ -142,34 +163,46 @@ def _pairs(mine: pa.Table, theirs: pa.Table) -> tuple[list[int], list[int]]:
 
 
 def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
-    """Fréchet distances to D_0 and to real images, and diversity within a prompt. They describe this very set of
-    prompts (real images are matched to it), so their intervals resample the images within each prompt."""
-    settings = run.recipe.evaluate
-    if settings.space is None:
-        return {}
-    _, mine = vectors_of(where, settings.space, "eval")
-    _, d0 = vectors_of(run.base(), settings.space, "reference")
-    prompts = rows["prompt_id"].to_numpy()
-    n, seed = settings.resamples, run.seed("bootstrap", "spread") % 2**31
-    targets = {"fd_d0": moments(d0)[:2]}
-    if settings.real:
-        targets["fd_real"] = real_moments(settings.real, rows["prompt"].to_pylist())
-    found = {}
-    for metric, target in targets.items():
-        to_target = partial(_frechet_to, target=target)
-        found[metric] = _around(to_target(mine), bootstrap(to_target, mine, n=n, rng=seed, strata=prompts))
-    spread = bootstrap(diversity, mine, prompts, n=n, rng=seed, strata=prompts)
-    found["diversity"] = _around(diversity(mine, prompts), spread)
+    """Drift in each space; metrics of a space beyond the first one are named with it, such as "fd_d0@dinov2:…"."""
+    settings, prompts = run.recipe.evaluate, rows["prompt_id"].to_numpy()
+    seed, found = run.seed("bootstrap", "spread") % 2**31, {}
+    for space in spaces(settings):
+        _, mine = vectors_of(where, space, "eval")
+        targets = {"d0": vectors_of(run.base(), space, "reference")[1]}
+        if settings.real and space == settings.space:
+            targets["real"] = real_vectors(settings.real, rows["prompt"].to_pylist())
+        named = "" if space == settings.space else f"@{space}"
+        measured = drift(mine, prompts, targets, settings.resamples, seed)
+        found |= {metric + named: interval for metric, interval in measured.items()}
     return found
 
 
-def _around(value: float, interval: tuple[float, float]) -> Interval:
-    """The bootstrap's width around the value itself: a resample repeats rows, which shifts these statistics, so
-    the percentiles alone may leave the value out."""
-    half = (interval[1] - interval[0]) / 2
-    return Interval(value, max(0.0, value - half), value + half)
+def _agreement(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
+    """How the score that selects ranks the images of a prompt beside each scorer that does not: Spearman's correlation,
+    averaged over the prompts."""
+    select, prompts = run.recipe.select, rows["prompt_id"].to_numpy()
+    used = selecting(run.recipe) if select.policy != "random" else ()
+    others = [name for name in held_out(run.recipe) if name not in used]
+    if not used or not others:
+        return {}
+    scores = scores_of(where, "eval", (*used, *others))
+    mine = fuse(select, [scores[name] for name in used], prompts)
+    found = {}
+    for name in others:
+        values = agreement(mine, scores[name], prompts)
+        if len(values):
+            seed = run.seed("bootstrap", "agreement", name) % 2**31
+            found[f"agreement:{name}"] = mean_over(values, np.arange(len(values)), run.recipe.evaluate.resamples, seed)
+    return found
 
 
-def _frechet_to(x: np.ndarray, target: tuple[np.ndarray, np.ndarray]) -> float:
-    mean, cov, _ = moments(x)
-    return frechet(mean, cov, *target)
+def _looks(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
+    """Mean brightness and saturation of the images, in [0, 1]."""
+    seen = []
+    for start in range(0, rows.num_rows, IMAGES):
+        seen += [look(image) for image in images_of(samples.with_images(where, rows.slice(start, IMAGES)))]
+    prompts, n = rows["prompt_id"].to_numpy(), run.recipe.evaluate.resamples
+    return {
+        name: mean_over(values, prompts, n, run.seed("bootstrap", name) % 2**31)
+        for name, values in zip(LOOKS, np.transpose(seen), strict=True)
+    }

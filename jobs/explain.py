@@ -1,58 +1,87 @@
-"""``winnow explain``: one sample's story, from its prompt to its weight."""
+"""``winnow explain``: one sample's story, from its prompt to its weight, for programs and for people."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from curate.distance import nearest
 from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
 from jobs.sealed import recipe_of, sample_row
 
+NEIGHBOURS = 3
 
-def explain(store: Path, sample: int) -> str:
-    """Lines that tell where a sample comes from, how it scored, why it was kept or dropped and what it weighs."""
+
+def explain(store: Path, sample: int) -> dict[str, Any]:
+    """Where a sample comes from, how it scored, why it was kept or dropped and what it weighs: ``sample`` (its row
+    without the image), ``lineage`` (its ancestors, the parent first), ``refinement``, ``children``, ``scores`` with the
+    rank within the prompt, ``distances``, ``nearest`` (rows of D_0), ``selections``, ``shards``."""
     row = sample_row(store, sample)
     run = Run(store, recipe_of(store, row))
+    del row["image"]
+
+    def asked(sql: str, **params: Any) -> list[dict[str, Any]]:
+        return run.query(sql, id=sample, **params).to_pylist()
+
+    return {
+        "sample": row,
+        "lineage": asked(
+            "WITH RECURSIVE up AS (SELECT parent_id AS id, 1 AS steps FROM samples WHERE sample_id = $id UNION ALL "
+            "SELECT parent_id, steps + 1 FROM up JOIN samples ON sample_id = up.id WHERE steps < 100) "
+            "SELECT sample_id, round, seed, refiner FROM up JOIN samples ON sample_id = up.id ORDER BY steps"
+        ),
+        "refinement": next(iter(asked("SELECT * FROM refinements WHERE sample_id = $id")), None),
+        "children": asked("SELECT sample_id, accepted FROM refinements WHERE parent_id = $id ORDER BY loop"),
+        "scores": asked(
+            "WITH mates AS (SELECT scorer, value, sample_id, count(*) OVER (PARTITION BY scorer) AS mates, "
+            "rank() OVER (PARTITION BY scorer ORDER BY value DESC) AS rank FROM scores JOIN samples USING (sample_id) "
+            "WHERE prompt_id = $prompt AND samples.round = $round AND arm = $arm AND split = $split) "
+            "SELECT scorer, value, rank, mates FROM mates WHERE sample_id = $id ORDER BY scorer",
+            prompt=row["prompt_id"], round=row["round"], arm=row["arm"], split=row["split"],
+        ),
+        "distances": asked("SELECT space, metric, reference, value FROM distances WHERE sample_id = $id ORDER BY ALL"),
+        "nearest": _nearest(run, sample),
+        "selections": asked(
+            "SELECT selection, round, kept, rank, weight, reason FROM selections WHERE sample_id = $id ORDER BY round"
+        ),
+        "shards": asked(
+            "SELECT DISTINCT regexp_replace(path, '/[^/]*$', '') AS folder FROM shards JOIN selections "
+            "USING (selection, round) WHERE sample_id = $id AND kept AND format = 'parquet' ORDER BY folder"
+        ),
+    }  # fmt: skip
+
+
+def _nearest(run: Run, sample: int) -> list[dict[str, Any]]:
+    """The rows of D_0 that lie nearest in the space of the distances, where both are embedded."""
+    space = run.recipe.distance.space or ""
+    one = run.query("SELECT vector FROM embeddings WHERE sample_id = $id AND encoder = $e", id=sample, e=space)
+    if not one.num_rows:
+        return []
+    numbers, reference = vectors_of(run.base(), space, "reference")
+    index, far = nearest(one["vector"].to_pylist(), reference, k=min(NEIGHBOURS + 1, len(reference)))
+    near = [(int(numbers[i]), float(d)) for i, d in zip(index[0], far[0], strict=True) if numbers[i] != sample]
+    prompts = run.query("SELECT sample_id, prompt FROM samples WHERE sample_id IN (SELECT unnest($ids))",
+                        ids=[number for number, _ in near]).to_pylist()  # fmt: skip
+    text = {row["sample_id"]: row["prompt"] for row in prompts}
+    return [{"sample_id": n, "l2": d, "space": space, "prompt": text[n]} for n, d in near[:NEIGHBOURS]]
+
+
+def words(story: dict[str, Any]) -> str:
+    """The story as lines of text."""
+    row = story["sample"]
     lines = [
-        f"sample {sample}: {row['width']}×{row['height']}, {row['split']} sample of round {row['round']}, "
+        f"sample {row['sample_id']}: {row['width']}×{row['height']}, {row['split']} sample of round {row['round']}, "
         f"arm {row['arm']}",
         f"prompt: {row['prompt']}",
         f"made by {row['model']} from seed {row['seed']}"
         + (f", attempt {row['attempt'] + 1}" if row["attempt"] else "")
         + (f", refined from {row['parent_id']} by {row['refiner']}" if row["parent_id"] else ""),
     ]
-    lines += _refinement(run, sample)
-    for score in run.query(
-        "WITH mates AS (SELECT scorer, value, sample_id, count(*) OVER (PARTITION BY scorer) AS n, "
-        "rank() OVER (PARTITION BY scorer ORDER BY value DESC) AS place FROM scores JOIN samples USING (sample_id) "
-        "WHERE prompt_id = $prompt AND samples.round = $round AND arm = $arm AND split = $split) "
-        "SELECT * FROM mates WHERE sample_id = $id ORDER BY scorer",
-        id=sample, prompt=row["prompt_id"], round=row["round"], arm=row["arm"], split=row["split"],
-    ).to_pylist():  # fmt: skip
-        place = f"rank {score['place']} of {score['n']} for its prompt"
-        lines.append(f"score {score['scorer']}: {score['value']:.4f}, {place}")
-    for far in run.query("SELECT * FROM distances WHERE sample_id = $id", id=sample).to_pylist():
-        lines.append(f"distance to {far['reference']} in {far['space']}: {far['value']:.4f} ({far['metric']})")
-    lines += _neighbours(run, sample, row)
-    for choice in run.query("SELECT * FROM selections WHERE sample_id = $id", id=sample).to_pylist():
-        what = f"kept with weight {choice['weight']:.4f}" if choice["kept"] and choice["weight"] is not None else (
-            "kept, not weighed yet" if choice["kept"] else f"dropped: {choice['reason']}"
-        )  # fmt: skip
-        lines.append(f"selection {choice['selection']}, round {choice['round']}: {what}")
-    for shard in run.query(
-        "SELECT path FROM shards JOIN selections USING (selection, round) WHERE sample_id = $id AND kept "
-        "AND format = 'parquet'", id=sample,
-    ).to_pylist():  # fmt: skip
-        lines.append(f"trained on in {shard['path'].rsplit('/', 1)[0]}")
-        break
-    return "\n".join(lines)
-
-
-def _refinement(run: Run, sample: int) -> list[str]:
-    """How it was refined from its parent, and whether that was accepted; and how many children it has itself."""
-    lines = []
-    for note in run.query("SELECT * FROM refinements WHERE sample_id = $id", id=sample).to_pylist():
+    if len(story["lineage"]) > 1:
+        lines.append(f"lineage: {' ← '.join(str(one['sample_id']) for one in story['lineage'])}")
+    if (note := story["refinement"]) is not None:
         change = ""
         if note["score_after"] is not None:
             change = f"; {note['scorer']}: {note['score_before']:.4f} → {note['score_after']:.4f}"
@@ -60,23 +89,23 @@ def _refinement(run: Run, sample: int) -> list[str]:
             f"refinement, loop {note['loop']}: {note['mask']}, level {note['level']:.3f}, {note['evaluations']} "
             f"network evaluations{change}; {'accepted' if note['accepted'] else 'not accepted'}"
         )
-    for children in run.query(
-        "SELECT count(*) AS n, count_if(accepted) AS taken, string_agg(sample_id, ', ' ORDER BY loop) AS names "
-        "FROM refinements WHERE parent_id = $id HAVING n > 0", id=sample,
-    ).to_pylist():  # fmt: skip
-        lines.append(f"refined into {children['names']}: {children['taken']} of {children['n']} accepted")
-    return lines
-
-
-def _neighbours(run: Run, sample: int, row: dict[str, object]) -> list[str]:
-    """The samples of D_0 that lie nearest, where both are embedded."""
-    from curate.distance import nearest
-
-    space = run.recipe.distance.space
-    one = run.query("SELECT vector FROM embeddings WHERE sample_id = $id AND encoder = $e", id=sample, e=space or "")
-    if not one.num_rows:
-        return []
-    numbers, reference = vectors_of(run.base(), str(space), "reference")
-    index, far = nearest(one["vector"].to_pylist(), reference, k=min(3, len(reference)))
-    near = ", ".join(f"{numbers[i]} ({d:.4f})" for i, d in zip(index[0], far[0], strict=True))
-    return [f"nearest in {REFERENCE}: {near}"]
+    if children := story["children"]:
+        names, taken = ", ".join(str(one["sample_id"]) for one in children), sum(one["accepted"] for one in children)
+        lines.append(f"refined into {names}: {taken} of {len(children)} accepted")
+    for one in story["scores"]:
+        lines.append(
+            f"score {one['scorer']}: {one['value']:.4f}, rank {one['rank']} of {one['mates']} for its prompt"
+        )
+    for one in story["distances"]:
+        lines.append(f"distance to {one['reference']} in {one['space']}: {one['value']:.4f} ({one['metric']})")
+    if story["nearest"]:
+        near = ", ".join(f"{one['sample_id']} ({one['l2']:.4f})" for one in story["nearest"])
+        lines.append(f"nearest in {REFERENCE}: {near}")
+    for one in story["selections"]:
+        what = f"kept with weight {one['weight']:.4f}" if one["kept"] and one["weight"] is not None else (
+            "kept, not weighed yet" if one["kept"] else f"dropped: {one['reason']}"
+        )  # fmt: skip
+        lines.append(f"selection {one['selection']}, round {one['round']}: {what}")
+    if story["shards"]:
+        lines.append(f"trained on in {story['shards'][0]['folder']}")
+    return "\n".join(lines)

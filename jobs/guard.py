@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 from pydantic import Field
 
 from curate import guard as rule
+from curate.alarm import alarms
+from curate.drift import Interval
+from jobs.evaluate import LOOKS, held_out
 from jobs.progress import say
 from jobs.run import Run
+from jobs.select import selecting
 from jobs.stage import complete, units
 from jobs.train import trained_model
 from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
 
+DISTANCES = ("fd_", "kid_", "cmmd_")  # metrics that fall as things get better
+
 
 class Guard(Settings):
-    """``metric``: the evaluation that decides, never one that selects. Fréchet distances count down, everything else
-    up. ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always goes on."""
+    """``metric``: the evaluation that decides, never one that selects. Distances (fd_, kid_, cmmd_) count down,
+    everything else up. ``diversity_floor``: share of the base's diversity. ``enabled`` false judges nothing and always
+    goes on."""
 
     enabled: bool = True
     metric: str = "fd_real"
@@ -37,7 +45,7 @@ def history(run: Run) -> list[rule.Measure]:
         arm=run.arm, round=run.round, metric=settings.metric,
     )  # fmt: skip
     rows = {(row["round"], row["metric"]): row for row in found.to_pylist()}
-    sign = 1.0 if settings.metric.startswith("fd_") else -1.0
+    sign = 1.0 if settings.metric.startswith(DISTANCES) else -1.0
     measures = []
     for number in range(run.round + 1):
         deciding, spread = rows.get((number, settings.metric)), rows.get((number, "diversity"))
@@ -52,6 +60,25 @@ def history(run: Run) -> list[rule.Measure]:
     return measures
 
 
+def warnings(run: Run) -> list[str]:
+    """Alarms over the rounds of the arm so far; of metrics that every round has."""
+    found = run.query(
+        "SELECT metric, list([value, coalesce(ci_low, value), coalesce(ci_high, value)] ORDER BY round) AS rounds "
+        "FROM evaluations WHERE arm = $arm AND round <= $round GROUP BY metric HAVING count(*) = $round + 1",
+        arm=run.arm, round=run.round,
+    ).to_pylist()  # fmt: skip
+    series = {row["metric"]: [Interval(*three) for three in row["rounds"]] for row in found}
+    recipe = run.recipe
+    used = () if recipe.select.policy == "random" else selecting(recipe)
+    others = ["judge_accuracy" if name == recipe.evaluate.judge else name for name in held_out(recipe)]
+    return alarms(
+        {name: series[name] for name in used if name in series},
+        {name: series[name] for name in others if name in series},
+        {name: series[f"agreement:{name}"] for name in held_out(recipe) if f"agreement:{name}" in series},
+        {name: series[name] for name in LOOKS if name in series},
+    )
+
+
 def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
     """Judge the round, commit its row of ``rounds``, and return the verdict (the committed one on a rerun)."""
     settings, planned = run.recipe.guard, run.recipe.rounds
@@ -62,6 +89,7 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
             history(run), planned=max(planned, run.round), min_rounds=min(settings.min_rounds, planned),
             patience=settings.patience, diversity_floor=settings.diversity_floor,
         )  # fmt: skip
+        verdict = replace(verdict, reason="; ".join([verdict.reason, *warnings(run)]))
     else:
         last = run.round >= planned
         why = "curated, nothing trained" if run.recipe.train.method == "none" else "control arm, not judged"

@@ -29,7 +29,7 @@ def revision(repo: str, lead: str) -> str:
 
     try:
         with refusals(lead):
-            return str(HfApi(endpoint=_endpoint()).model_info(repo).sha)[:16]
+            return str(HfApi(endpoint=endpoint()).model_info(repo).sha)[:16]
     except _Unreachable:
         if (commit := _cached(repo)) is None:
             raise
@@ -41,7 +41,7 @@ def file(repo: str, name: str, lead: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with refusals(lead, name):
-        return Path(hf_hub_download(repo, name, endpoint=_endpoint()))
+        return Path(hf_hub_download(repo, name, endpoint=endpoint()))
 
 
 def folder(repo: str, patterns: tuple[str, ...], lead: str) -> Path:
@@ -49,7 +49,7 @@ def folder(repo: str, patterns: tuple[str, ...], lead: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with refusals(lead):
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), endpoint=_endpoint()))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), endpoint=endpoint()))
 
 
 class _Unreachable(WinnowError):
@@ -57,14 +57,16 @@ class _Unreachable(WinnowError):
 
 
 @contextmanager
-def refusals(lead: str, name: str = "") -> Iterator[None]:
+def refusals(lead: str, name: str = "", cure: str = "give a local folder") -> Iterator[None]:
     """Turn what the Hub's client raises into WinnowError("LEAD the Hub …; cure"), such as "model 'a/b': the Hub …".
-    ``name``: the file asked for."""
+    ``name``: the file asked for; ``cure``: what helps while the Hub does not answer."""
     try:
         with quiet():
             yield
+    except WinnowError:
+        raise
     except Exception as error:  # the client underneath has errors of its own, and has changed before
-        raise _refusal(lead, name, error) from error
+        raise _refusal(lead, name, error, cure) from error
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _refusal(lead: str, name: str, error: BaseException) -> WinnowError:
+def _refusal(lead: str, name: str, error: BaseException, cure: str) -> WinnowError:
     from huggingface_hub import errors, get_token
 
     chain = _chain(error)
@@ -101,13 +103,16 @@ def _refusal(lead: str, name: str, error: BaseException) -> WinnowError:
     if is_a(errors.RemoteEntryNotFoundError) or is_a(errors.RevisionNotFoundError):
         return WinnowError(f"{lead} the Hub's repository has no {name or 'such file'}; check the name")
     if status == 403:
-        return WinnowError(f"{lead} the Hub forbids access; check what the token may read")
+        return WinnowError(f"{lead} the Hub forbids access; check what the token may read and write")
+    if status in (400, 409, 412, 413, 422):
+        said = hidden(" ".join(str(getattr(error, "server_message", None) or error).split()))[:200]
+        return WinnowError(f"{lead} the Hub refuses what it was sent ({said}); {cure}")
     if status is not None:
-        return _Unreachable(f"{lead} the Hub answers with status {status}; try again later, or give a local folder")
+        return _Unreachable(f"{lead} the Hub answers with status {status}; try again later, or {cure}")
     if is_a(errors.OfflineModeIsEnabled):
         return _Unreachable(f"{lead} the Hub is not asked (HF_HUB_OFFLINE) and the cache has it not; unset it")
-    reason = _hidden(" ".join(str(chain[-1] or error).split()) or type(error).__name__)[:200]
-    return _Unreachable(f"{lead} the Hub cannot be reached ({reason}); give a local folder")
+    reason = hidden(" ".join(str(chain[-1] or error).split()) or type(error).__name__)[:200]
+    return _Unreachable(f"{lead} the Hub cannot be reached ({reason}); {cure}")
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -119,7 +124,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _hidden(text: str) -> str:
+def hidden(text: str) -> str:
     """The text without any token in it."""
     from huggingface_hub import get_token
 
@@ -127,7 +132,7 @@ def _hidden(text: str) -> str:
     return re.sub(r"\bhf_\w+", "…", text.replace(token, "…") if token else text)
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 

@@ -53,6 +53,12 @@ def images_of(rows: pa.Table) -> list[Image.Image]:
     return [decode(file["bytes"], f"sample {name}") for name, file in zip(names, files, strict=True)]
 
 
+def look(image: Image.Image) -> tuple[float, float]:
+    """Mean brightness (luma, ITU-R BT.601) and saturation (HSV) of an image, in [0, 1]."""
+    luma, saturation = image.convert("L"), image.convert("HSV").getchannel("S")
+    return float(np.asarray(luma).mean()) / 255, float(np.asarray(saturation).mean()) / 255
+
+
 def array(images: list[Image.Image]) -> np.ndarray:
     """Images of one size as uint8 [N, H, W, 3]; WinnowError where their sizes differ."""
     sizes = sorted({image.size for image in images})

@@ -22,16 +22,22 @@ def known(kind: str, name: str, known: Mapping[str, Any]) -> str:
     )
 
 
+def yours(kind: str, name: str) -> Any:
+    """What a user's ``package.module:object`` names."""
+    head, _, tail = name.partition(":")
+    try:
+        return getattr(importlib.import_module(head), tail)
+    except (ImportError, AttributeError) as error:
+        raise WinnowError(f"{kind} {name!r}: {error}; it must be importable, as 'package.module:object'") from error
+
+
 def pick(kind: str, name: str, table: Mapping[str, Callable[[str], Any]], wanted: type) -> Any:
     """Load ``key[:argument]`` from the table, or call the user's ``package.module:object`` without arguments."""
     known(kind, name, table)
     head, _, tail = name.partition(":")
     if head in table:
         return table[head](tail)
-    try:
-        made = getattr(importlib.import_module(head), tail)()
-    except (ImportError, AttributeError) as error:
-        raise WinnowError(f"{kind} {name!r}: {error}; it must be importable, as 'package.module:object'") from error
+    made = yours(kind, name)()
     if not isinstance(made, wanted):
         raise WinnowError(f"{kind} {name!r}: gave a {type(made).__name__}; it must return a {wanted.__name__}")
     return made

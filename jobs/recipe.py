@@ -16,14 +16,17 @@ from jobs.export import Export
 from jobs.generate import Generate
 from jobs.guard import Guard
 from jobs.prompts import Prompts
+from jobs.questions import Publish
 from jobs.refine import Refine
 from jobs.score import Score
 from jobs.select import Select, selecting
+from jobs.tournament import Tournament
 from jobs.train import Train
 from jobs.weigh import Weigh
 from schemas.errors import WinnowError
 from schemas.settings import Settings, explain
 
+REAL = ("fd_real", "kid_real", "cmmd_real", "density_real", "coverage_real")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -43,11 +46,13 @@ class Recipe(Settings):
     refine: Refine = Refine()
     distance: Distance = Distance()
     select: Select = Select()
+    tournament: Tournament = Tournament()
     weigh: Weigh = Weigh()
     export: Export = Export()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     guard: Guard = Guard()
+    publish: Publish = Publish()
     arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"curated": {}}, min_length=1)
 
     @model_validator(mode="after")
@@ -58,6 +63,13 @@ class Recipe(Settings):
             if space is not None and space not in spaces:
                 have = ", ".join(spaces) or "nothing"
                 raise WinnowError(f"{key} is {space!r}, which embed.encoders does not make; it has {have}")
+        if self.select.policy == "pareto" and len(selecting(self)) < 2:
+            raise WinnowError("select.policy 'pareto' weighs scorers against each other; name two or more")
+        least = {"knn": self.distance.k + 1, "mahalanobis": 3}.get(self.distance.kind, 2)
+        if self.distance.space and self.distance.match == "prompt" and self.reference.images_per_prompt < least:
+            raise WinnowError(
+                f"distance.match 'prompt' needs {least} images of D_0 for each prompt; set reference.images_per_prompt"
+            )
         for key, names in (("select.scorers", self.select.scorers or ()), ("select.floors", self.select.floors)):
             for name in names:
                 if name not in scorers:
@@ -71,7 +83,7 @@ class Recipe(Settings):
         pushes up sees no end of progress."""
         if self.weigh.by == "distance" and self.distance.space is None:
             raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
-        if not selecting(self) and self.select.policy != "random":
+        if not selecting(self) and self.select.reads_scores:
             raise WinnowError(f"select.policy {self.select.policy!r} needs scores; name scorers in score.scorers")
         if self.train.method != "none" and "parquet" not in self.export.formats:
             raise WinnowError(
@@ -85,12 +97,12 @@ class Recipe(Settings):
         if not self.evaluate.space:
             raise WinnowError("guard needs the diversity in evaluate.space; set it, or guard.enabled to false")
         metric, measured = self.guard.metric, self.evaluate
-        # fd_d0 is no choice: to its own output the base is nearest by construction.
-        metrics = ["diversity", *(["fd_real"] if measured.real else [])]
+        # Distances to D_0 are no choice: to its own output the base is nearest by construction.
+        metrics = ["diversity", *(REAL if measured.real else ())]
         scored = [name for name in dict.fromkeys([*self.score.scorers, *measured.scorers]) if name != measured.judge]
         scored += ["judge_accuracy"] if measured.judge else []
         metrics += [*scored, *(f"win_rate:{name}" for name in scored)]
-        selects = {*(selecting(self) if self.select.policy != "random" else ()), *self.select.floors}
+        selects = {*(() if self.select.policy == "random" else selecting(self)), *self.select.floors}
         metrics = [name for name in metrics if name.removeprefix("win_rate:") not in selects]
         if metric not in metrics:
             why = "selects" if metric.removeprefix("win_rate:") in selects else "is not measured"

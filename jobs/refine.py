@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from jobs import devices, models, samples
 from jobs.generate import away, column, sampler
 from jobs.images import encode, images_of
+from jobs.pool import ask, pool, scorers
 from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.scorers import ScorerName, scorer
@@ -21,9 +22,8 @@ from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.commit import commit
-from storage.query import user_query
 from storage.snapshot import latest
-from storage.views import identifier, literal
+from storage.views import identifier
 
 if TYPE_CHECKING:
     from jobs.refiner import Refiner
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 class Refine(Settings):
     """``where``: an SQL condition over the round's candidates, null: no refinement; at most ``limit`` of them. The
-    columns are those of ``samples``, ``distance``, and for each scorer its score, "NAME", and the place by it among the
-    images of the prompt, "rank:NAME".
+    columns are those of jobs/pool.py: a sample's own, ``distance``, and for each scorer "NAME" and "rank:NAME".
 
     ``mask``: the whole image; random cells, ``share`` of a ``grid`` × ``grid``; or a ``box``: left, top, right, bottom
     as shares of the sides. ``dilate``: latents that it grows on every side. ``paste``: pixels inside it over which the
@@ -142,31 +141,16 @@ def refine(run: Run) -> bool:
 def chosen(run: Run, settings: Refine) -> pa.Table:
     """sample_id, prompt_id, prompt of the candidates that the condition is true of, in a fixed order. The condition is
     the user's own text: it is asked in the sandbox, and what it gives can only leave candidates out."""
-    here = {"round": run.round, "arm": run.arm}
     rows = samples.of(run, "train")
     candidates = rows.filter(rows["parent_id"].is_null())
-    found = run.query(
-        "SELECT DISTINCT scorer FROM scores JOIN samples USING (sample_id) WHERE samples.round = $round AND arm = $arm "
-        "ORDER BY scorer", **here,
-    )["scorer"].to_pylist()  # fmt: skip
-    values = [f"max(value) FILTER (WHERE scorer = {literal(name)}) AS {identifier(name)}" for name in found]
-    places = [
-        f"rank() OVER (PARTITION BY prompt_id ORDER BY {identifier(name)} DESC) AS {identifier('rank:' + name)}"
-        for name in found
-    ]
-    far = run.recipe.distance
+    found = scorers(run)
     asked = (
-        f"SELECT sample_id FROM (SELECT {', '.join(['samples.* EXCLUDE (image)', 'distance', *places])}"
-        f"{''.join(', ' + identifier(name) for name in found)} FROM samples "
-        f"LEFT JOIN (SELECT {', '.join(['sample_id', *values])} FROM scores GROUP BY sample_id) USING (sample_id) "
-        "LEFT JOIN (SELECT sample_id, max(value) AS distance FROM distances WHERE "
-        f"space = {literal(far.space or '')} AND metric = {literal(far.name)} GROUP BY sample_id) USING (sample_id) "
-        f"WHERE samples.round = {run.round} AND arm = {literal(run.arm)} AND split = 'train' AND parent_id IS NULL) "
+        f"SELECT sample_id FROM ({pool(run, found, 'parent_id IS NULL')}) "
         # On lines of its own: a comment in it must not hide what follows.
         f"WHERE (\n{settings.where}\n)"
     )
     try:
-        answer = user_query(run.store, asked, seconds=60)
+        answer = ask(run, asked)
         if answer.column_names != ["sample_id"]:
             raise WinnowError("sql: it is more than a condition")
     except WinnowError as error:
@@ -219,7 +203,7 @@ def _attempts(run: Run, worker: Refiner, model: str, spec: str, rows: pa.Table) 
 
 def not_accepted(run: Run) -> np.ndarray:
     """The samples of the round, int64, that a refinement made and did not accept."""
-    found = run.query(
+    found = run.here(
         "SELECT sample_id FROM refinements JOIN samples USING (sample_id) WHERE NOT accepted "
         "AND samples.round = $round AND arm = $arm ORDER BY sample_id",
         round=run.round, arm=run.arm,

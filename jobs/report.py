@@ -18,12 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs import plots
 from jobs.candidates import candidates, histograms, lineage, selected
+from jobs.evaluate import LOOKS
+from jobs.guard import DISTANCES
 from jobs.images import decode
 from jobs.recipe import Recipe
 from jobs.run import BASE
 from jobs.select import selecting
 from jobs.summary import (
     HEADLINES,
+    MEASURES,
     Figure,
     Source,
     half_width,
@@ -151,12 +154,18 @@ def _metrics(summary: dict[str, Any], recipe: Recipe | None) -> dict[str, str]:
 
 
 def _role(metric: str, recipe: Recipe | None) -> str:
-    known = {
-        "judge_accuracy": "held-out judge; higher is better", "fd_real": "lower is better",
-        "fd_d0": "how far from the base's own images", "diversity": "variance among images of one prompt",
-    }  # fmt: skip
-    if metric in known:
-        return known[metric]
+    if metric == "judge_accuracy":
+        return "held-out judge; higher is better"
+    if metric in LOOKS:
+        return "mean over the images, of 1"
+    if metric.startswith("agreement:"):
+        return "rank correlation with the score that selects, within a prompt"
+    head = metric.partition("@")[0]
+    if head == "diversity":
+        return "variance among images of one prompt"
+    if head.partition("_")[0] in MEASURES:
+        better = "lower is better" if head.startswith(DISTANCES) else "higher is better"
+        return "how far from the base's own images" if head.endswith("_d0") else better
     scorer = metric.removeprefix("win_rate:")
     if recipe and scorer in {*selecting(recipe), *recipe.select.floors}:
         kind = "training scorer"

@@ -13,6 +13,7 @@ import pyarrow as pa
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from storage.query import arrow, stream
+from storage.snapshot import latest
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
@@ -50,6 +51,14 @@ class Run:
         """As ``query``, a batch at a time and in no order."""
         return stream(self.store, sql, params or None)
 
+    def here(self, sql: str, **params: Any) -> pa.Table:
+        """As ``query``, where nothing but rows of this round is asked for: the parts of others are not even opened."""
+        return arrow(self.store, sql, params or None, latest(self.store).of_round(self.round))
+
+    def stream_here(self, sql: str, **params: Any) -> Iterator[pa.RecordBatch]:
+        """As ``stream``, over the parts of this round alone."""
+        return stream(self.store, sql, params or None, latest(self.store).of_round(self.round))
+
     def seed(self, *what: Any) -> int:
         """A 63-bit seed for one purpose, from the recipe's seed."""
         return sample_id(["seed", self.recipe.seed, *what])
@@ -75,6 +84,6 @@ class Run:
         return str(self.store / model) if inside else model
 
 
-def ids(table: pa.Table) -> np.ndarray:
+def ids(table: pa.Table | pa.RecordBatch) -> np.ndarray:
     """The sample ids of a table, int64 [N]."""
     return table["sample_id"].to_numpy()

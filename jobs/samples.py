@@ -15,7 +15,7 @@ CHILDREN = {"from": "refine"}
 def of(run: Run, split: str) -> pa.Table:
     """sample_id, prompt_id, prompt, seed, parent_id of the run's samples in a fixed order; WinnowError where there are
     none."""
-    found = run.query(
+    found = run.here(
         "SELECT sample_id, prompt_id, prompt, seed, parent_id FROM samples WHERE round = $round AND arm = $arm "
         "AND split = $split ORDER BY prompt_id, sample_id",
         round=run.round, arm=run.arm, split=split,

@@ -63,7 +63,7 @@ def scores_of(run: Run, split: str, scorers: tuple[str, ...]) -> dict[str, np.nd
     found = {}
     expected = samples.of(run, split).num_rows
     for name in scorers:
-        rows = run.query(
+        rows = run.here(
             "SELECT value FROM scores JOIN samples USING (sample_id) WHERE scorer = $scorer "
             "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
             scorer=name, round=run.round, arm=run.arm, split=split,

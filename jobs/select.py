@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from curate import select as choose
+from curate.decision import Decision, dedup, floors, listed, narrow
+from curate.decision import picks as picked_by_hand
 from curate.fuse import FUSIONS
-from jobs import samples
+from jobs import samples, votes
 from jobs.embed import vectors_of
+from jobs.named import known, yours
+from jobs.pool import ask, pool, scorers
 from jobs.refine import not_accepted
 from jobs.run import Run, ids
 from jobs.score import scores_of
@@ -20,20 +25,27 @@ from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
+from storage.views import identifier
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
 
 
-class Select(Settings):
-    """``keep``: samples of each prompt; ``budget``: samples in all (null: no limit). ``fuse`` joins several
-    ``scorers`` (null: those of ``score``), each compared ``within`` its prompt or over all candidates.
-    ``floors``: least value by scorer. ``dedup``: the
-    cosine similarity in ``space`` from which two samples count as one. ``picks``: a file of the sample ids that people
-    chose, one a line; "{round}" and "{arm}" in its name stand for those. They are kept, but for floors and duplicates,
-    and the policy is not asked."""
+#: The name of a policy of curate/select.py, "sql", or a function of one's own that is called as those are.
+PolicyName = Annotated[str, AfterValidator(lambda name: known("select.policy", name, {**choose.POLICIES, "sql": None}))]
 
-    policy: Literal["best_of_n", "top_k", "quantile_band", "diverse", "random"] = "best_of_n"
+
+class Select(Settings):
+    """``policy``: how candidates are chosen; ``keep``: samples of each prompt; ``budget``: samples in all (null: no
+    limit). ``fuse`` joins several ``scorers`` (null: those of ``score``), each compared ``within`` its prompt or over
+    all candidates. ``sql``: of the policy of that name, a query over ``candidates`` (the columns of jobs/pool.py) that
+    gives the ``sample_id`` of those to keep and, if you like, their ``rank``. ``strata``: the prompts' column whose
+    values share the budget. ``floors``: least value by scorer. ``dedup``: the cosine similarity in ``space`` from which
+    two samples count as one. ``picks``: "votes", for what people chose in ``winnow label``, or a file of sample ids,
+    one a line, with "{round}" and "{arm}" in its name for those. What was picked is kept, but for floors and
+    duplicates, and the policy is not asked."""
+
+    policy: PolicyName = "best_of_n"
     scorers: tuple[str, ...] | None = None
     fuse: Literal["rank", "zscore"] = "rank"
     within: Literal["prompt", "all"] = "prompt"
@@ -42,6 +54,8 @@ class Select(Settings):
     band: tuple[float, float] = (0.0, 0.5)
     floors: dict[str, float] = Field(default_factory=dict)
     dedup: float | None = Field(None, gt=-1, le=1)
+    sql: str | None = None
+    strata: Literal["category", "cluster"] = "category"
     picks: str | None = None
     space: str | None = None
 
@@ -50,19 +64,26 @@ class Select(Settings):
         low, high = self.band
         if not 0 <= low < high <= 1:
             raise WinnowError(f"select.band is [{low}, {high}]; give 0 <= low < high <= 1")
-        if self.budget is None and self.policy in ("top_k", "diverse"):
+        if (self.policy == "sql") != (self.sql is not None):
+            raise WinnowError("select.policy 'sql' and a query in select.sql go together; give both, or none")
+        if self.budget is None and self.policy in ("top_k", "diverse", "strata"):
             raise WinnowError(f"select.policy {self.policy!r} needs select.budget; give the number of samples to keep")
         if self.space is None and (self.policy == "diverse" or self.dedup is not None):
             what = "policy 'diverse'" if self.policy == "diverse" else "dedup"
             raise WinnowError(f"select.{what} needs a space; set select.space to an encoder of embed.encoders")
         return self
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the policy itself orders the candidates by their scores."""
+        return self.policy in choose.POLICIES and self.policy != "random"
+
 
 def select(run: Run) -> None:
     """Decide over the round's candidates; every reject is a row with its reason."""
     settings = run.recipe.select
     rows = samples.of(run, "train")
-    used = _scorers(run)
+    used = needed(run)
     picks = picked(run, settings.picks) if settings.picks else None
     spec = ["select", settings.model_dump(mode="json", exclude={"picks"}), used, run.recipe.seed]
     spec += [] if picks is None else [sorted(picks.tolist())]
@@ -70,20 +91,26 @@ def select(run: Run) -> None:
     complete(run, "select", "selections", work, lambda: _work(run, settings, used, picks))
 
 
-def _scorers(run: Run) -> tuple[str, ...]:
+def needed(run: Run) -> tuple[str, ...]:
+    """The scorers that every candidate must have been scored by."""
     settings = run.recipe.select
-    if settings.policy == "random" and not settings.floors:
+    if settings.policy == "sql" or (settings.policy == "random" and not settings.floors):
         return ()
     return selecting(run.recipe)
 
 
 def selecting(recipe: Recipe) -> tuple[str, ...]:
-    """The scorers that order the candidates."""
+    """The scorers that order the candidates; of a query, those that it names."""
+    if recipe.select.sql is not None:
+        return tuple(name for name in recipe.score.scorers if name in recipe.select.sql)
     return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
 
 
 def picked(run: Run, name: str) -> np.ndarray:
-    """The sample ids of a file of picks, int64; WinnowError where there are none, or a line is none."""
+    """The sample ids that people picked, in votes or in a file, int64; WinnowError where there are none, or a line of
+    the file is none."""
+    if name == "votes":
+        return votes.picked(run)
     path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -102,6 +129,11 @@ def _work(run: Run, settings: Select, used: tuple[str, ...], picks: np.ndarray |
     def work(rows: pa.Table) -> pa.Table:
         decision = decide(run, settings, used, rows, picks)
         n = rows.num_rows
+        if not decision.kept.any():
+            raise WinnowError(
+                f"select: policy {settings.policy!r} keeps none of {n} samples; the commonest reason is "
+                f"{Counter(decision.reason.tolist()).most_common(1)[0][0]!r}; change select, or make more samples"
+            )
         columns = {
             "selection": pa.array([run.arm] * n),
             "round": pa.array(np.full(n, run.round, np.int32)),
@@ -125,7 +157,7 @@ def fuse(settings: Select, columns: list[np.ndarray], groups: np.ndarray) -> np.
 
 def decide(
     run: Run, settings: Select, used: tuple[str, ...], rows: pa.Table, picks: np.ndarray | None = None
-) -> choose.Decision:
+) -> Decision:
     """What people picked, or else what no refinement refused; then floors, near duplicates and the policy: each over
     what the one before left."""
     numbers, groups = ids(rows), rows["prompt_id"].to_numpy()
@@ -133,12 +165,12 @@ def decide(
     fused = np.zeros(len(numbers))
     if used:
         fused = fuse(settings, [scores[name] for name in used], groups)
-    elif settings.policy != "random":
+    elif settings.reads_scores:
         raise WinnowError(f"select.policy {settings.policy!r} needs scores; name scorers in score.scorers")
     features = vectors_of(run, settings.space, "train")[1] if settings.space else None
 
     everything = np.ones(len(numbers), bool)
-    before = choose.Decision(everything, np.zeros(len(numbers), np.int64), np.full(len(numbers), "", object))
+    before = Decision(everything, np.zeros(len(numbers), np.int64), np.full(len(numbers), "", object))
     if picks is not None:
         strangers = picks[~np.isin(picks, numbers)]
         if len(strangers):
@@ -146,33 +178,66 @@ def decide(
                 f"select.picks: sample {strangers[0]} is no candidate of round {run.round} of {run.arm!r}, nor are "
                 f"{len(strangers) - 1} others; remove them"
             )
-        before = choose.picks(numbers, picks)
+        before = picked_by_hand(numbers, picks)
     elif len(refused := not_accepted(run)):
         out = np.isin(numbers, refused)
         reason = np.where(out, "refinement not accepted", "").astype(object)
-        before = choose.Decision(~out, before.rank, reason)
+        before = Decision(~out, before.rank, reason)
     if settings.floors:
         left = before.kept
         named = {name: scores[name][left] for name in settings.floors}
-        before = choose.narrow(before, choose.floors(named, settings.floors))
+        before = narrow(before, floors(named, settings.floors))
     if settings.dedup is not None:
         assert features is not None
         left = before.kept
-        before = choose.narrow(before, choose.dedup(features[left], settings.dedup, fused[left], numbers[left]))
+        before = narrow(before, dedup(features[left], settings.dedup, fused[left], numbers[left]))
     left = before.kept
     if not left.any():
         raise WinnowError(f"select: floors {settings.floors} leave none of {len(left)} samples; lower them")
-    if picks is None:
-        policy, budget = settings.policy, settings.budget
-        options = {
-            "best_of_n": {"k": settings.keep},
-            "random": {"k": settings.keep},
-            "quantile_band": {"k": settings.keep, "low": settings.band[0], "high": settings.band[1]},
-        }.get(policy, {})
-    else:
-        policy, budget, options = "best_of_n", None, {"k": len(numbers)}
-    seed = run.seed("select", run.arm, run.round) % 2**31
-    some = None if features is None else features[left]
-    choice = choose.POLICIES[policy]
-    after = choice(fused[left], groups[left], numbers[left], some, budget, seed, **options)
-    return choose.narrow(before, after)
+    if picks is not None:
+        return narrow(before, choose.best_of_n(fused[left], groups[left], numbers[left], k=len(numbers)))
+    if settings.policy == "sql":
+        return narrow(before, _asked(run, settings, numbers[left]))
+    options: dict[str, Any] = {}
+    if settings.policy in ("best_of_n", "random", "quantile_band", "strata", "pareto"):
+        options["k"] = settings.keep
+    if settings.policy == "quantile_band":
+        options["low"], options["high"] = settings.band
+    elif settings.policy == "strata":
+        options["strata"] = _strata(run, settings, groups[left])
+    elif settings.policy == "pareto":
+        options["columns"] = np.stack([scores[name][left] for name in used], axis=1)
+    policy = choose.POLICIES.get(settings.policy) or yours("policy", settings.policy)
+    some, seed = None if features is None else features[left], run.seed("select", run.arm, run.round) % 2**31
+    after = policy(fused[left], groups[left], numbers[left], some, settings.budget, seed, **options)
+    if not isinstance(after, Decision):
+        raise WinnowError(f"policy {settings.policy!r}: gave a {type(after).__name__}; it must return a Decision")
+    return narrow(before, after)
+
+
+def _asked(run: Run, settings: Select, numbers: np.ndarray) -> Decision:
+    """What the query of the policy "sql" gives, among these candidates."""
+    found = scorers(run)
+    try:
+        # On lines of its own: a comment in it must not hide what follows.
+        answer = ask(run, f"WITH candidates AS ({pool(run, found)}) SELECT * FROM (\n{settings.sql}\n)")
+        if "sample_id" not in answer.column_names:
+            raise WinnowError(f"sql: it gives {', '.join(answer.column_names)}, and no sample_id")
+        chosen = answer["sample_id"].cast(pa.int64()).fill_null(-1).to_numpy()
+        rank = answer["rank"].cast(pa.int64()).fill_null(0).to_numpy() if "rank" in answer.column_names else None
+        if len(np.unique(chosen)) < len(chosen):
+            raise WinnowError("sql: it gives a sample twice")
+    except (WinnowError, pa.ArrowException) as error:
+        reason = " ".join(str(error).removeprefix("sql: ").split())[:300]
+        raise WinnowError(
+            f"select.sql {settings.sql!r}: {reason}; write a query over candidates such as SELECT sample_id FROM "
+            f"candidates WHERE {identifier('rank:' + found[0]) if found else 'width'} = 1"
+        ) from error
+    return listed(numbers, chosen, rank)
+
+
+def _strata(run: Run, settings: Select, groups: np.ndarray) -> np.ndarray:
+    """The value of the prompts' column for each candidate, by its prompt [N]: a string, "" where there is none."""
+    rows = run.query(f"SELECT prompt_id, coalesce({identifier(settings.strata)}::VARCHAR, '') AS name FROM prompts")
+    names = dict(zip(rows["prompt_id"].to_pylist(), rows["name"].to_pylist(), strict=True))
+    return np.array([names.get(group, "") for group in groups.tolist()], dtype=str)

@@ -79,7 +79,8 @@ def parquet(sink: Sink, schema: pa.Schema) -> Iterator[Write]:
     """Write tables as row groups: images as they are, in plain pages; the rest compressed."""
     options = parquet_options(schema)
     with pq.ParquetWriter(sink, schema, write_batch_size=PAGE_ROWS, **options) as writer:
-        yield partial(writer.write_table, row_group_size=IMAGE_ROWS)
+        # In one piece, because pages end where a piece does: the bytes must not tell how the rows came.
+        yield lambda table: writer.write_table(table.combine_chunks(), row_group_size=IMAGE_ROWS)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def show(result: pa.Table, format: str = "table") -> None:
                 result = result.set_column(i, result.column_names[i], pa.array([_text(v) for v in column.to_pylist()]))
         pc.write_csv(result, sys.stdout.buffer)
     elif format == "parquet":
+        if sys.stdout.isatty():
+            raise WinnowError("--format parquet: not for a terminal; redirect it, as in > result.parquet")
         pq.write_table(result, sys.stdout.buffer)
     else:
         raise WinnowError(f"--format {format!r}: unknown; allowed are {', '.join(FORMATS)}")

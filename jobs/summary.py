@@ -16,8 +16,8 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from curate import guard as rule
-from jobs.evaluate import PROMPT_SET
-from jobs.guard import history
+from jobs.evaluate import LOOKS, PROMPT_SET
+from jobs.guard import DISTANCES, history
 from jobs.recipe import Recipe
 from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
@@ -27,10 +27,12 @@ from storage.query import connect, unreadable
 from storage.snapshot import Snapshot, latest, load, numbers
 
 HEADLINES = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
-NAMES = {
-    "judge_accuracy": "Judged accuracy", "fd_real": "Fréchet distance to real images",
-    "fd_d0": "Fréchet distance to D₀", "diversity": "Diversity within a prompt",
+NAMES = {"judge_accuracy": "Judged accuracy", "diversity": "Diversity within a prompt"}
+MEASURES = {
+    "fd": "Fréchet distance to", "kid": "Kernel distance (KID) to", "cmmd": "CMMD to", "density": "Density among",
+    "coverage": "Coverage of",
 }  # fmt: skip
+TARGETS = {"real": "real images", "d0": "D₀"}
 Figure = dict[str, Any]  # value, ci_low, ci_high, n
 
 
@@ -183,12 +185,17 @@ def name_of(metric: str) -> str:
     if metric.startswith("win_rate:"):
         by = metric.removeprefix("win_rate:")
         return f"Win rate over the base, {'judged' if by == 'judge_accuracy' else f'by {by}'}"
-    return NAMES.get(metric, metric)
+    if metric.startswith("agreement:"):
+        return f"Agreement with {metric.removeprefix('agreement:')}"
+    head, _, space = metric.partition("@")
+    measure, _, target = head.partition("_")
+    name = f"{MEASURES[measure]} {TARGETS[target]}" if measure in MEASURES and target in TARGETS else NAMES.get(head)
+    return metric if name is None else name + (f", {space}" if space else "")
 
 
 def percent(metric: str) -> bool:
     """Whether a metric is a share."""
-    return metric == "judge_accuracy" or metric.startswith("win_rate:")
+    return metric == "judge_accuracy" or metric.startswith(("win_rate:", "coverage_"))
 
 
 def shown(metric: str, value: float | None, digits: int = 4) -> str:
@@ -210,9 +217,9 @@ def half_width(figure: Figure) -> float | None:
 
 def better(metric: str, change: float) -> bool | None:
     """Whether a change is for the better; None where neither direction is."""
-    if metric in ("fd_d0", "diversity") or not change:
+    if "_d0" in metric or metric in ("diversity", *LOOKS) or metric.startswith("agreement:") or not change:
         return None
-    return change < 0 if metric.startswith("fd_") else change > 0
+    return change < 0 if metric.startswith(DISTANCES) else change > 0
 
 
 def _round(arm: dict[str, Any], number: int | None) -> dict[str, Figure]:
@@ -247,27 +254,34 @@ def _compare(
         if metric not in after or metric not in before:
             continue
         old, new = before[metric]["value"], after[metric]["value"]
-        change, widths = new - old, (half_width(before[metric]), half_width(after[metric]))
-        error = None if None in widths else math.hypot(*widths)  # type: ignore[arg-type]
+        change, error = new - old, _noise(before[metric], after[metric])
         beyond = None if error is None else abs(change) > error
-        judgement = _judgement(metric, change, beyond)
+        said = judgement(metric, before[metric], after[metric])
         text = (
             f"{name_of(metric)}, {arm} round {number} ({which}) against {against}: "
-            f"{shown(metric, old)} → {shown(metric, new)}, {judgement}"
+            f"{shown(metric, old)} → {shown(metric, new)}, {said}"
         )
         yield {
             "arm": arm, "round": number, "which": which, "against": against, "metric": metric, "before": old,
-            "after": new, "change": change, "error": error, "beyond_noise": beyond, "judgement": judgement,
+            "after": new, "change": change, "error": error, "beyond_noise": beyond, "judgement": said,
             "text": text,
         }  # fmt: skip
 
 
-def _judgement(metric: str, change: float, beyond: bool | None) -> str:
-    if beyond is False:
+def _noise(before: Figure, after: Figure) -> float | None:
+    """Half the width of the 95 % interval of a difference; None where one of the two has none."""
+    widths = half_width(before), half_width(after)
+    return None if None in widths else math.hypot(*widths)  # type: ignore[arg-type]
+
+
+def judgement(metric: str, before: Figure, after: Figure) -> str:
+    """Whether a metric got better or worse, or by less than its noise."""
+    change, error = after["value"] - before["value"], _noise(before, after)
+    if error is not None and abs(change) <= error:
         return "within noise"
     neither = "higher" if change > 0 else "lower" if change < 0 else "unchanged"
     word = {True: "better", False: "worse", None: neither}[better(metric, change)]
-    return word if beyond else f"{word}, of unknown certainty"
+    return word if error is not None else f"{word}, of unknown certainty"
 
 
 def _story(summary: dict[str, Any]) -> Iterator[str]:

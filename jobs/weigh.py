@@ -47,7 +47,7 @@ class Weigh(Settings):
 
 def kept(run: Run) -> pa.Table:
     """sample_id of the round's kept samples; WinnowError where nothing was selected yet."""
-    found = run.query(
+    found = run.here(
         "SELECT sample_id FROM selections WHERE kept AND selection = $arm AND round = $round ORDER BY sample_id",
         arm=run.arm, round=run.round,
     )  # fmt: skip
@@ -113,9 +113,11 @@ def _work(run: Run, way: Callable[[np.ndarray], np.ndarray] | None) -> Work:
             size = law.effective_sample_size(weights)
             settings = run.recipe.weigh
             how = "" if settings.by == "advantage" else "; beta {:.4g}, sigma2 {:.4g}".format(*scale_of(run))
+            most = settings.most if settings.by == "advantage" else 1.0
+            clipped = f"{np.count_nonzero(weights >= most)} at the largest, {most:g}"
             say(
                 f"weigh {run.arm} round {run.round} by {settings.by}{how}; mean weight {weights.mean():.3f}, effective "
-                f"samples {size:.0f} of {n}"
+                f"samples {size:.0f} of {n}; {clipped}; train.normalise {run.recipe.train.normalise!r}"
             )
         columns = {
             "selection": pa.array([run.arm] * n),

@@ -132,6 +132,16 @@ TABLES: dict[str, Table] = {
             columns="text_id:int64 task:string text:string model:string revision:string clarity:int32? "
             "specificity:int32? reply:string? problem:string?",
         ),
+        _table(
+            "votes", key="vote_id", finite="",
+            columns="vote_id:int64 voter:string question:string sample_id:int64 other_id:int64? choice:string "
+            "retracts:int64? seconds:float64? voted_at:string",
+        ),
+        _table(
+            "strengths", key="basis question contestant", finite="strength ci_low ci_high",
+            columns="basis:int64 question:string contestant:string strength:float64 ci_low:float64 ci_high:float64 "
+            "n:int64",
+        ),
     )
 }  # fmt: skip
 

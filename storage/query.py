@@ -30,20 +30,22 @@ _READS = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 
 
 def connect(
-    root: str | Path, snapshot: Snapshot | int | None = None, memory: str = "2GB", threads: int = 1
-) -> duckdb.DuckDBPyConnection:
-    """An in-memory connection with the views of `snapshot` (a number; None: the newest). For trusted SQL.
+    root: str | Path, snapshot: Snapshot | int | None = None, memory: str = "2GB", threads: int = 1,
+    sql: str | None = None,
+) -> duckdb.DuckDBPyConnection:  # fmt: skip
+    """An in-memory connection with the views of `snapshot` (a number; None: the newest), or those of them that `sql`
+    can mean. For trusted SQL.
 
     One thread by default: with more, the sum of doubles differs from run to run.
     """
     home = check(root)
     spill = str(home / "staging" / "spill")
     connection = duckdb.connect(config={"memory_limit": memory, "threads": threads, "temp_directory": spill})
-    return _with_views(connection, home, snapshot)
+    return _with_views(connection, home, snapshot, sql)
 
 
 def _with_views(
-    connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None
+    connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None, sql: str | None = None
 ) -> duckdb.DuckDBPyConnection:
     # SQL must not see the Python variables of whoever calls.
     connection.execute("SET python_enable_replacements = false")
@@ -52,11 +54,11 @@ def _with_views(
     elif isinstance(snapshot, int):
         snapshot = load(home, snapshot)
     try:
-        _create(connection, views(snapshot, home))
+        _create(connection, views(snapshot, home, sql=sql))
     except duckdb.Error:
         absent = {part.path for part in snapshot.parts if not (home / part.path).exists()}
         try:
-            _create(connection, views(snapshot, home, absent))
+            _create(connection, views(snapshot, home, absent, sql))
         except duckdb.Error as error:
             raise unreadable(home, error) from error
     return connection
@@ -78,7 +80,7 @@ def arrow(
     root: str | Path, sql: str, params: list[Any] | None = None, snapshot: Snapshot | int | None = None
 ) -> pa.Table:
     """The result of one trusted statement as an Arrow table. Vectors come as list<float>, not float16."""
-    with connect(root, snapshot) as connection:
+    with connect(root, snapshot, sql=sql) as connection:
         try:
             return connection.sql(sql, params=params).to_arrow_table()
         except (duckdb.IOException, duckdb.InvalidInputException) as error:
@@ -89,11 +91,18 @@ def stream(
     root: str | Path, sql: str, params: list[Any] | None = None, snapshot: Snapshot | int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """As `arrow`, a batch of rows at a time: for what does not fit into memory twice. Without ORDER BY."""
-    with connect(root, snapshot) as connection:
+    with connect(root, snapshot, sql=sql) as connection:
         try:
             yield from connection.sql(sql, params=params).to_arrow_reader(2048)
         except (duckdb.IOException, duckdb.InvalidInputException, OSError) as error:
             raise unreadable(check(root), error) from error
+
+
+def script(root: str | Path, snapshot: Snapshot | int | None = None) -> str:
+    """The views of a snapshot as SQL that DuckDB runs without Winnow; it holds the paths of the store's parts."""
+    home = check(root)
+    found = latest(home) if snapshot is None else load(home, snapshot) if isinstance(snapshot, int) else snapshot
+    return "".join(f"{statement};\n" for statement in views(found, home))
 
 
 def user_query(

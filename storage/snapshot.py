@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,8 @@ from storage.durable import publish, staged, storage_errors, sync_folders
 from storage.layout import check
 from storage.views import identifier, scan
 
+ROUND = re.compile(r"round-\d+")  # the folder that the parts of a round stand in
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -32,6 +35,12 @@ class Snapshot:
 
     def by_path(self) -> dict[str, Part]:
         return {part.path: part for part in self.parts}
+
+    def of_round(self, round: int) -> "Snapshot":
+        """Without the parts that stand in the folder of another round."""
+        folder = f"round-{round}"
+        kept = (part for part in self.parts if not ROUND.fullmatch(at := part.path.split("/")[2]) or at == folder)
+        return replace(self, parts=tuple(kept))
 
 
 def _file(number: int) -> str:

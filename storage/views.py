@@ -50,11 +50,19 @@ def scan(root: Path, paths: Iterable[str], filename: bool = False) -> str:
 
 def of_another_layout(part: Part) -> bool:
     """Whether a part was written with other columns than this Winnow's table has."""
-    return part.table not in TABLES or part.fingerprint.split("-")[0] != fingerprint(TABLES[part.table].schema)
+    return part.table not in TABLES or part.fingerprint.split("-")[0] != _layout(part.table)
 
 
-def views(snapshot: Snapshot, root: str | Path, absent: Collection[str] = ()) -> list[str]:
-    """CREATE OR REPLACE VIEW statements for every table (empty and typed where it has no parts) and for `curated`.
+@lru_cache
+def _layout(name: str) -> str:
+    return fingerprint(TABLES[name].schema)
+
+
+def views(
+    snapshot: Snapshot, root: str | Path, absent: Collection[str] = (), sql: str | None = None
+) -> list[str]:
+    """CREATE OR REPLACE VIEW statements for every table (empty and typed where it has no parts), for `curated`, and for
+    `opinions` and `win_rates` over the votes; or for those alone that `sql` can mean: each costs the opening of a file.
 
     A table with one of the `absent` parts gets a view that refuses to be read: the others can be, so that the
     stage that made the part can make it again. Only `weights` leaves it out: its rows are then not weighed.
@@ -70,10 +78,18 @@ def views(snapshot: Snapshot, root: str | Path, absent: Collection[str] = ()) ->
         paths[part.table].append(part.path)
     paths["weights"] = [path for path in paths["weights"] if path not in absent]
     lost = {name: path for name in TABLES for path in reversed(paths[name]) if path in absent}
-    scorers = () if "scores" in lost else _scorers(home, tuple(paths["scores"]))
     bodies = {name: _refusing(name, lost[name]) if name in lost else _table(name, home, paths[name]) for name in TABLES}
     bodies["selections"] = _weighted(bodies["selections"], bodies["weights"])
-    bodies["curated"] = _curated(scorers)
+    bodies["strengths"] = f"SELECT * FROM ({bodies['strengths']}) QUALIFY basis = max(basis) OVER ()"
+    if sql is None or "curated" in sql:
+        scorers = () if "scores" in lost else _scorers(home, tuple(paths["scores"]))
+        bodies["curated"] = _curated(scorers)
+    bodies |= {"opinions": _OPINIONS, "win_rates": _WIN_RATES}
+    for name in reversed(list(bodies)) if sql is not None else ():  # each reads such as stand before it
+        if name in sql:
+            sql += bodies[name]
+        else:
+            del bodies[name]
     return [f"CREATE OR REPLACE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
 
 
@@ -133,3 +149,26 @@ def _curated(scorers: tuple[str, ...]) -> str:
         "FROM selections AS chosen JOIN samples AS made USING (sample_id) "
         f"LEFT JOIN ({scores}) AS scored USING (sample_id) WHERE chosen.kept"
     )
+
+
+# The votes that stand: none that was taken back, and of one voter over the same images only the last.
+_OPINIONS = (
+    "SELECT vote_id, voter, question, sample_id, other_id, choice, seconds, voted_at FROM votes "
+    "ANTI JOIN (SELECT retracts FROM votes) AS gone ON votes.vote_id = gone.retracts WHERE choice <> 'retract' "
+    "QUALIFY row_number() OVER (PARTITION BY voter, question, least(sample_id, other_id), "
+    "greatest(sample_id, other_id) ORDER BY voted_at DESC, vote_id DESC) = 1"
+)
+
+# By question and pair of contestants, seen from both sides. Intervals: Wilson's, 95 %, votes taken as independent.
+_CONTESTANT = "CASE WHEN {0}.round = 0 THEN {0}.arm ELSE {0}.arm || ' round ' || {0}.round END"
+_WIN_RATES = (
+    f"WITH decided AS (SELECT question, {_CONTESTANT.format('one')} AS contestant, {_CONTESTANT.format('two')} AS "
+    "opponent, (choice = 'left')::INTEGER AS won FROM opinions JOIN samples AS one USING (sample_id) "
+    "JOIN samples AS two ON two.sample_id = other_id WHERE choice IN ('left', 'right')), "
+    "sides AS (FROM decided UNION ALL SELECT question, opponent, contestant, 1 - won FROM decided), "
+    "counts AS (SELECT question, contestant, opponent, count(*) AS n, sum(won)::BIGINT AS wins, wins / n AS rate "
+    "FROM sides GROUP BY question, contestant, opponent) "
+    "SELECT question, contestant, opponent, n, wins, rate, "
+    "(rate + 1.9208 / n - half) / (1 + 3.8416 / n) AS ci_low, (rate + 1.9208 / n + half) / (1 + 3.8416 / n) AS "
+    "ci_high FROM (SELECT *, 1.96 * sqrt(rate * (1 - rate) / n + 0.9604 / n / n) AS half FROM counts)"
+)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from curate import arrays
+from curate import arrays, mahalanobis, neighbours
 from curate import distance as d
 from schemas.errors import WinnowError
 
@@ -117,10 +119,64 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, metric
     rng = np.random.default_rng(4)
     x, ref = rng.normal(size=(50, 8)), rng.normal(size=(70, 8))
     whole, own = d.distance(x, ref, kind, metric), d.self_distance(ref, kind, metric)
-    for module in (arrays, d):
+    for module in (arrays, d, neighbours):
         monkeypatch.setattr(module, "TILE_BYTES", 1500)
     np.testing.assert_allclose(d.distance(x, ref, kind, metric), whole, rtol=1e-5)
     np.testing.assert_allclose(d.self_distance(ref, kind, metric), own, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean", "knn", "center"])
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_memory_does_not_grow_with_the_sets(monkeypatch: pytest.MonkeyPatch, kind: str, metric: str) -> None:
+    for module in (arrays, d, neighbours):
+        monkeypatch.setattr(module, "TILE_BYTES", 2**16)
+
+    def peak(n: int) -> int:
+        x, ref = np.ones((n, 64)) + np.eye(n, 64), np.random.default_rng(5).normal(size=(n, 64))
+        tracemalloc.start()
+        d.distance(x, ref, kind, metric)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    # A few numbers for each row of either side, never the rows themselves (512 bytes) nor all pairs.
+    assert peak(3000) - peak(1000) < 2000 * 400
+
+
+@pytest.mark.parametrize("index", neighbours.INDEXES[1:])
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_an_index_finds_what_its_recall_says(index: str, metric: str) -> None:
+    rng = np.random.default_rng(6)
+    centres = 3 * rng.normal(size=(40, 16))
+    ref, x = (centres[rng.integers(0, 40, n)] + rng.normal(size=(n, 16)) for n in (4000, 300))
+    ready = d.indexed(ref, metric, index)
+    values, recall = d.knn_by_index(x, ready, 5, metric)
+    truth = np.sort(brute(x, ref, metric), axis=1)[:, :5]
+    assert neighbours.RECALL <= recall <= 1
+    found = neighbours.search(x, ready, 5).indices
+    true = np.argsort(brute(x, ref, metric), axis=1)[:, :5]
+    share = np.mean([np.isin(a, b).mean() for a, b in zip(true, found, strict=True)])
+    assert share == pytest.approx(recall, abs=0.05)
+    assert (values >= truth.mean(axis=1) * (1 - 1e-6)).all()
+    assert np.median(values / truth.mean(axis=1)) < 1.01
+
+
+@pytest.mark.parametrize("index", neighbours.INDEXES[1:])
+def test_an_index_over_few_rows_finds_all(index: str) -> None:
+    ref = np.random.default_rng(7).normal(size=(12, 3))
+    values, _ = d.knn_by_index(ref, d.indexed(ref, "l2", index), 12)
+    np.testing.assert_allclose(values, brute(ref, ref, "l2").mean(axis=1), rtol=1e-6)
+
+
+def test_a_covariance_of_any_shape_is_found_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    ref, x = rng.normal(size=(9, 30)), rng.normal(size=(4, 30))
+    whole = d.mahalanobis(x, ref)
+    monkeypatch.setattr(arrays, "TILE_BYTES", 500)
+    np.testing.assert_allclose(d.mahalanobis(x, ref), whole, rtol=1e-9)
+    monkeypatch.setattr(mahalanobis, "LARGEST", 8)
+    with pytest.raises(WinnowError, match="at most 8 reference rows"):
+        d.mahalanobis(x, ref)
 
 
 @settings(deadline=None)
@@ -155,6 +211,30 @@ def test_order_of_rows_does_not_matter(seed: int, kind: str, metric: str) -> Non
 def test_bad_input_is_refused(x: list, ref: list, settings: dict, said: str) -> None:
     with np.errstate(over="ignore"), pytest.raises(WinnowError, match=said):
         d.distance(x, ref, **settings)
+
+
+@pytest.mark.parametrize("metric", d.METRICS)
+@pytest.mark.parametrize("kind", d.KINDS)
+def test_matched_distances_know_their_own_group_only(kind: str, metric: str) -> None:
+    rng = np.random.default_rng(9)
+    groups, own = rng.permutation(np.repeat([7, 3, 5], 4)), rng.permutation(np.repeat([5, 7, 3, 9], 6))
+    x, ref = rng.normal(size=(12, 5)), rng.normal(size=(24, 5)) + own[:, None]
+    found = d.matched(x, groups, ref, own, kind, metric, 2)
+    expected = [d.distance(x[[i]], ref[own == g], kind, metric, 2)[0] for i, g in enumerate(groups)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    alone = d.self_matched(ref, own, kind, metric, 2)
+    for group in (3, 9):
+        np.testing.assert_allclose(alone[own == group], d.self_distance(ref[own == group], kind, metric, 2), rtol=1e-5)
+
+
+def test_groups_that_have_no_reference_are_refused() -> None:
+    x = np.eye(3)
+    with pytest.raises(WinnowError, match="group 4 has no row"):
+        d.matched(x, [1, 4, 1], x, [1, 1, 2])
+    with pytest.raises(WinnowError, match="group 2: reference has 1 row"):
+        d.self_matched(x, [1, 1, 2])
+    with pytest.raises(WinnowError, match="group b: k is 2"):
+        d.matched(x, ["a", "a", "b"], x, ["a", "a", "b"], "knn", k=2)
 
 
 def test_bad_self_distances_are_refused() -> None:

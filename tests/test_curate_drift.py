@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from curate import arrays
 from curate.drift import (
     bootstrap,
-    cmmd,
     diversity,
     frechet,
     frechet_distance,
-    kid,
     mean_over,
+    mean_within,
     moments,
     proportion,
     wins,
@@ -50,6 +49,13 @@ def test_frechet_is_the_formula(seed: int) -> None:
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("n", "m", "dim"), [(7, 12, 30), (12, 7, 30), (40, 7, 20), (5, 60, 20)])
+def test_frechet_from_few_rows_is_that_of_the_covariances(n: int, m: int, dim: int) -> None:
+    a, b = sets(1, n, m, dim)
+    (m1, c1, _), (m2, c2, _) = moments(a), moments(b)
+    assert frechet_distance(a, b) == pytest.approx(frechet(m1, c1, m2, c2), rel=1e-6)
+
+
 def test_frechet_with_singular_covariances() -> None:
     a, b = sets(n=4, m=5, dim=30)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -57,37 +63,6 @@ def test_frechet_with_singular_covariances() -> None:
     assert np.isfinite(frechet_distance(a, b))
     # One dimension: (m1 - m2)^2 + (s1 - s2)^2
     assert frechet([0.0], [[4.0]], [3.0], [[25.0]]) == pytest.approx(9 + 9)
-
-
-def test_kid_is_the_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = sets(n=13, m=9)
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> float:
-        return (x @ y / 6 + 1) ** 3
-
-    expected = sum(kernel(a[i], a[j]) for i in range(13) for j in range(13) if i != j) / (13 * 12)
-    expected += sum(kernel(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / (9 * 8)
-    expected -= 2 * sum(kernel(x, y) for x in a for y in b) / (13 * 9)
-    assert kid(a, b) == pytest.approx(expected)
-    monkeypatch.setattr(arrays, "TILE_BYTES", 100)
-    assert kid(a, b) == pytest.approx(expected)
-
-
-def test_kid_is_unbiased() -> None:
-    rng = np.random.default_rng(0)
-    draws = [kid(rng.normal(size=(20, 4)), rng.normal(size=(20, 4))) for _ in range(400)]
-    assert abs(np.mean(draws)) < 4 * np.std(draws) / 20
-
-
-def test_cmmd_is_the_formula() -> None:
-    a, b = sets()
-    u, v = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (a, b))
-
-    def mean(x: np.ndarray, y: np.ndarray) -> float:
-        return np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / 200).mean()
-
-    assert cmmd(a, b) == pytest.approx(1000 * (mean(u, u) + mean(v, v) - 2 * mean(u, v)), rel=1e-8)
-    assert cmmd(a, 3 * a) == pytest.approx(0, abs=1e-12)
 
 
 def test_diversity_is_the_mean_trace_within() -> None:
@@ -154,6 +129,16 @@ def test_mean_over_draws_groups() -> None:
     assert one.low < 0.5 < one.high
 
 
+def test_mean_within_is_the_bootstrap_in_its_strata() -> None:
+    rng = np.random.default_rng(2)
+    strata = np.repeat(np.arange(20), 30)
+    values = rng.normal(size=600) + 5 * strata
+    value, low, high = mean_within(values, strata)
+    assert value == pytest.approx(values.mean())
+    drawn = bootstrap(np.mean, values, n=4000, rng=0, strata=strata)
+    assert high - low == pytest.approx(drawn[1] - drawn[0], rel=0.08)
+
+
 def test_wins_counts_ties_half() -> None:
     assert wins([2, 2, 1, 0], [1, 1, 1, 1]).tolist() == [1, 1, 0.5, 0]
     with pytest.raises(WinnowError, match="scores b has 1 rows"):
@@ -176,9 +161,6 @@ def test_wilson_interval_solves_its_equation(n: int, share: float) -> None:
     ("call", "said"),
     [
         (lambda: moments([[1.0, 2.0]]), "2 or more samples"),
-        (lambda: kid([[1.0]], [[1.0], [2.0]]), "2 or more samples"),
-        (lambda: kid([[1.0]], [[1.0, 2.0]]), "columns where 1"),
-        (lambda: cmmd([[0.0, 0.0]], [[1.0, 2.0]]), "no direction"),
         (lambda: frechet([0.0], [[1.0]], [0.0, 1.0], np.eye(2)), "features of one encoder|columns"),
         (lambda: frechet([0.0, 0.0], -np.eye(2), [0.0, 0.0], np.eye(2)), "eigenvalue"),
         (lambda: frechet_distance([[np.nan], [1.0]], [[1.0], [2.0]]), "NaN"),

@@ -12,17 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.select import (
-    POLICIES,
-    Decision,
-    best_of_n,
-    dedup,
-    diverse,
-    floors,
-    narrow,
-    quantile_band,
-    random_choice,
-)
+from curate.decision import Decision, dedup, floors, listed, narrow
+from curate.select import POLICIES, best_of_n, diverse, pareto, quantile_band, random_choice, stratified
 from curate.select import top_k as top
 from schemas.errors import WinnowError
 
@@ -95,7 +86,11 @@ def test_top_k_is_the_plain_one(world: World, budget: int) -> None:
 @given(worlds(), st.integers(1, 40), st.sampled_from(list(POLICIES)), st.integers(0, 9))
 def test_every_policy_keeps_the_rules(world: World, budget: int, name: str, seed: int) -> None:
     policy = POLICIES[name]
-    decision = policy(*world, budget, seed)
+    settings = {
+        "strata": {"strata": world.groups % 3},
+        "pareto": {"columns": np.stack([world.scores, world.ids % 5], axis=1)},
+    }.get(name, {})
+    decision = policy(*world, budget, seed, **settings)
     assert decision.kept.sum() <= budget
     assert [bool(reason) for reason in decision.reason] == [not kept for kept in decision.kept]
     assert (decision.rank >= 1).all()
@@ -103,7 +98,8 @@ def test_every_policy_keeps_the_rules(world: World, budget: int, name: str, seed
         assert decision.kept.any()
     # The order of the rows does not matter, nor whether the ids come as text.
     order = np.random.default_rng(seed).permutation(len(world.ids))
-    turned = policy(*(column[order] for column in world), budget, seed)
+    settings = {key: column[order] for key, column in settings.items()}
+    turned = policy(*(column[order] for column in world), budget, seed, **settings)
     np.testing.assert_array_equal(turned.kept, decision.kept[order])
     np.testing.assert_array_equal(turned.rank, decision.rank[order])
     np.testing.assert_array_equal(turned.reason, decision.reason[order])
@@ -152,6 +148,46 @@ def test_diverse_keeps_the_shares_of_the_modes() -> None:
     assert "which keeps" in decision.reason[~decision.kept][0]
     with pytest.raises(WinnowError, match="needs features and a budget"):
         diverse(scores, groups, ids)
+
+
+@settings(deadline=None)
+@given(worlds(), st.integers(1, 3), st.integers(1, 4))
+def test_pareto_keeps_whom_nobody_outdoes(world: World, scorers: int, k: int) -> None:
+    columns = np.stack([world.scores, *(world.ids // 7**j % 4 for j in range(1, scorers))], axis=1)
+    decision = pareto(*world, columns=columns, k=k)
+    for i in range(len(world.ids)):
+        mates = np.flatnonzero(world.groups == world.groups[i])
+        better = [j for j in mates if (columns[j] >= columns[i]).all() and (columns[j] > columns[i]).any()]
+        if better:
+            named = int(decision.reason[i].split()[2].rstrip(":"))
+            assert named in {world.ids[j] for j in better} and not decision.kept[i]
+        else:
+            assert decision.kept[i] == (decision.rank[i] <= k)
+
+
+def test_strata_share_the_budget_evenly() -> None:
+    groups = np.arange(400) // 4
+    strata = np.repeat(["people", "animals", "places"], [320, 60, 20])
+    scores = np.arange(400.0)[::-1]  # people score highest throughout
+    decision = stratified(scores, groups, np.arange(400), budget=30, strata=strata, k=2)
+    assert {name: int((strata[decision.kept] == name).sum()) for name in set(strata)} == {
+        "people": 10, "animals": 10, "places": 10,
+    }  # fmt: skip
+    # Ten of people: the best of each of the first ten prompts.
+    assert np.flatnonzero(decision.kept[:320]).tolist() == list(range(0, 40, 4))
+    assert decision.reason[3] == "rank 4 of 4 for its prompt"
+    assert decision.reason[1] == "outside quota: rank 81 in people, which keeps 10"
+    few = stratified(scores, groups, np.arange(400), budget=90, strata=strata, k=2)
+    assert int((strata[few.kept] == "places").sum()) == 10 and few.kept.sum() == 90
+    with pytest.raises(WinnowError, match="strata have no budget"):
+        stratified(scores, groups, np.arange(400), strata=strata)
+
+
+def test_listed_keeps_what_a_query_gave() -> None:
+    decision = listed([5, 3, 9], [9, 5, 77], [1, 2, 3])
+    assert decision.kept.tolist() == [True, False, True] and decision.rank.tolist() == [2, 0, 1]
+    assert decision.reason.tolist() == ["", "not among what the query gives", ""]
+    assert not listed([5, 3], np.array([], np.int64)).kept.any()
 
 
 def test_floors_name_every_scorer_that_fell_short() -> None:

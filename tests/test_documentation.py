@@ -1,7 +1,9 @@
 """The documents are true: their commands exist, and their snippets run."""
 
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from jobs.cli import app
 HOME = Path(__file__).parent.parent
 README = (HOME / "README.md").read_text()
 MAKEFILE = (HOME / "Makefile").read_text()
-DOCUMENTS = sorted(path for path in HOME.glob("*.md"))
+QUERIES = (HOME / "docs" / "queries.md").read_text()
+DOCUMENTS = sorted([*HOME.glob("*.md"), *(HOME / "docs").rglob("*.md")])
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
@@ -94,6 +97,17 @@ def test_sql_snippets_run(world: World, query: str) -> None:
     assert world.table(query).num_rows > 0
 
 
+@pytest.mark.parametrize("query", blocks(QUERIES, "sql"))
+def test_the_twenty_queries_run(world: World, query: str) -> None:
+    """On a small store some find nothing."""
+    assert world.table(query).num_columns > 1
+
+
+def test_the_twenty_queries_are_twenty_and_most_find_something(world: World) -> None:
+    found = [world.table(query).num_rows for query in blocks(QUERIES, "sql")]
+    assert len(found) == 20 and sum(rows > 0 for rows in found) >= 18, found
+
+
 @pytest.mark.parametrize("line", [line for line in commands(README) if re.match(r"winnow (sql|verify)", line)])
 def test_questions_to_the_store_run(world: World, winnow: Callable[..., Any], line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
@@ -104,7 +118,7 @@ def test_questions_to_the_store_run(world: World, winnow: Callable[..., Any], li
     assert said.status == 0 and len(said.out.splitlines()) >= 1 and not said.err, said.err
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"))
+@pytest.mark.parametrize("code", [*blocks(README, "python"), *blocks(QUERIES, "python")])
 def test_python_snippets_run(
     world: World, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +127,7 @@ def test_python_snippets_run(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(world.store)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out

@@ -310,6 +310,16 @@ def test_threads_and_time_change_no_byte(tmp_path: Path) -> None:
     assert found[0] == found[1] and len(found[0]) == 6
 
 
+def test_how_parts_were_cut_changes_no_byte(tmp_path: Path) -> None:
+    found = []
+    for unit in (16, 23):
+        image = random_file(300_000)  # a few to a page
+        run = selection(tmp_path / str(unit), 70, image, export=BOTH | {"rows": 40}, keep=kept, unit=unit)
+        export(run)
+        found.append({Path(path).name: sha for path, sha in exported(run).items()})
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
 def test_killed_exports_end_with_the_same_bytes(forks: ForkServer, tmp_path: Path) -> None:
     whole = another(tmp_path / "whole")
     export(whole)

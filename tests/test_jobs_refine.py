@@ -13,7 +13,7 @@ from conftest import ForkServer, files, rows, sets
 from jobs import recipe as recipes
 from jobs.distance import distance
 from jobs.embed import embed
-from jobs.explain import explain
+from jobs.explain import explain, words
 from jobs.generate import generate
 from jobs.refine import refine
 from jobs.round import play, prepare
@@ -134,11 +134,12 @@ def test_a_round_with_refined_children(copy: Run) -> None:
     assert files(run.store / "tables") == after
 
     number = next(iter(sorted(kept & set(notes))))
-    told, note = explain(run.store, number), notes[number]
+    assert explain(run.store, number)["lineage"][0]["sample_id"] == notes[number]["parent_id"]
+    told, note = words(explain(run.store, number)), notes[number]
     assert f"refined from {note['parent_id']}" in told and note["mask"] in told and "accepted" in told
     assert f"level {note['level']:.3f}" in told and f"loop {note['loop']}" in told
     assert f"{note['score_before']:.4f} → {note['score_after']:.4f}" in told
-    assert "not accepted" in explain(run.store, sorted(refused)[0])
+    assert "not accepted" in words(explain(run.store, sorted(refused)[0]))
 
 
 def test_really_different_sets_are_refused_and_more_of_the_same_is_not(copy: Run) -> None:

@@ -1,5 +1,6 @@
 """The whole loop on the embedded world: what every table holds, checked by other means than those that made it."""
 
+import io
 import json
 import math
 import sys
@@ -21,7 +22,9 @@ from storage.snapshot import latest, numbers
 from storage.verify import verify
 
 SCORERS = {"scene-clip", "scene-reader"}
-MEASURED = {"judge_accuracy", "fd_real", "fd_d0", "diversity", *SCORERS}
+DRIFT = {f"{measure}_{target}" for measure in ("fd", "kid", "cmmd", "density", "coverage") for target in ("d0", "real")}
+LOOKS = {"brightness", "saturation"}
+MEASURED = {"judge_accuracy", "diversity", *SCORERS, *DRIFT, *LOOKS}
 
 
 @pytest.mark.parametrize("view", CONTRACT)
@@ -44,7 +47,9 @@ def test_evaluations_hold_both_arms_from_the_base_on(world: World) -> None:
             for row in found:
                 assert math.isfinite(row["value"]) and row["ci_low"] <= row["ci_high"]
                 assert row["n"] == 8 * 3
-    base = "SELECT metric, value FROM evaluations WHERE round = 0 AND arm = '{}' ORDER BY metric"
+    # With what selects, only an arm that selects by a score agrees or disagrees.
+    base = "SELECT metric, value FROM evaluations WHERE round = 0 AND arm = '{}' AND metric NOT LIKE 'agreement:%' " \
+           "ORDER BY metric"  # fmt: skip
     assert world.rows(base.format("curated")) == world.rows(base.format("naive"))
 
 
@@ -59,6 +64,50 @@ def test_evaluated_means_are_those_of_the_scores(world: World) -> None:
     assert len(found) == 2 * 3 * 3
     for row in found:
         assert row["n"] == 24 and row["value"] == pytest.approx(row["mean"], rel=1e-9), row
+
+
+def test_drift_and_looks_are_those_of_the_images(world: World) -> None:
+    from curate.drift import frechet_distance
+    from curate.manifold import manifold
+    from curate.mmd import cmmd, kid
+
+    def vectors(where: str) -> np.ndarray:
+        found = world.rows("SELECT vector FROM embeddings JOIN samples USING (sample_id) WHERE encoder = 'scene-judge' "
+                           f"AND {where} ORDER BY prompt_id, sample_id")  # fmt: skip
+        return np.array([row["vector"] for row in found])
+
+    where = "arm = 'curated' AND samples.round = 2 AND split = 'eval'"
+    mine, d0 = vectors(where), vectors("split = 'reference'")
+    sql = "SELECT metric, value FROM evaluations WHERE arm = 'curated' AND round = 2"
+    value = {row["metric"]: row["value"] for row in world.rows(sql)}
+    expected = {
+        "fd_d0": frechet_distance(mine, d0), "kid_d0": kid(mine, d0).value, "cmmd_d0": cmmd(mine, d0).value,
+        "density_d0": manifold(mine, d0).density.mean(), "coverage_d0": manifold(mine, d0).covered.mean(),
+    }  # fmt: skip
+    assert {metric: value[metric] for metric in expected} == pytest.approx(expected, rel=1e-4)
+    stored = [row["image"]["bytes"] for row in world.rows(f"SELECT image FROM samples WHERE {where}")]
+    pictures = [Image.open(io.BytesIO(file)) for file in stored]
+    rgb = np.stack([np.asarray(picture.convert("RGB"), float) for picture in pictures]) / 255
+    assert value["brightness"] == pytest.approx((rgb @ [0.299, 0.587, 0.114]).mean(), abs=0.004)
+    top = rgb.max(-1)
+    saturation = np.divide(top - rgb.min(-1), top, out=np.zeros_like(top), where=top > 0)
+    assert value["saturation"] == pytest.approx(saturation.mean(), abs=0.004)
+
+
+def test_agreement_is_the_rank_correlation_within_prompts(world: World) -> None:
+    from scipy.stats import spearmanr
+
+    found = world.rows(
+        "SELECT prompt_id, list(a.value ORDER BY sample_id) AS a, list(b.value ORDER BY sample_id) AS b FROM samples "
+        "JOIN scores a USING (sample_id) JOIN scores b USING (sample_id) WHERE a.scorer = 'scene-clip' "
+        "AND b.scorer = 'scene-reader' AND arm = 'curated' AND samples.round = 1 AND split = 'eval' GROUP BY prompt_id"
+    )
+    mean = np.mean([spearmanr(row["a"], row["b"]).statistic for row in found])
+    sql = "SELECT metric, value FROM evaluations WHERE arm = 'curated' AND round = 1 AND metric LIKE 'agreement:%'"
+    value = {row["metric"]: row["value"] for row in world.rows(sql)}
+    assert value["agreement:scene-reader"] == pytest.approx(mean)
+    # The naive arm selects by no score: there is nothing to agree with.
+    assert not world.rows(sql.replace("curated", "naive"))
 
 
 def test_win_rates_compare_the_same_prompt_and_seed(world: World) -> None:
@@ -543,7 +592,8 @@ def test_shares_of_d0_are_mixed_in(foreign: Any) -> None:
 
 def test_tables_have_the_declared_schema(world: World) -> None:
     for name, rules in TABLES.items():
-        if name in ("answers", "refinements"):  # in this world nobody asks a language model, and nothing is refined
+        # In this world nobody asks a language model, nothing is refined, and nobody votes.
+        if name in ("answers", "refinements", "votes", "strengths"):
             continue
         path = next((world.store / "tables" / name).rglob("*.parquet"))
         assert pq.read_schema(path).names == rules.schema.names

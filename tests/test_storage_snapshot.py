@@ -48,6 +48,17 @@ def test_time_travel(root: Path) -> None:
     assert [arrow(root, count, snapshot=s)["n"][0].as_py() for s in (1, one, 2, None)] == [2, 2, 3, 3]
 
 
+def test_one_round_is_without_the_parts_of_others(root: Path) -> None:
+    def part(folders: dict[str, str | int], number: int) -> Part:
+        return commit(root, "scores", part_path("scores", folders, "a", "0"), scores([number]))
+
+    named = [({"round": 1}, 1), ({"round": 11, "scorer": "clip"}, 2), ({"scorer": "round-2"}, 3)]
+    sealed = seal(root, "score", [part(folders, number) for folders, number in named], {})
+    ids = "SELECT sample_id FROM scores ORDER BY 1"
+    for number, expected in ((1, [1, 3]), (11, [2, 3]), (4, [3])):
+        assert arrow(root, ids, snapshot=sealed.of_round(number))["sample_id"].to_pylist() == expected
+
+
 def test_an_unsealed_part_is_not_seen(root: Path) -> None:
     seal(root, "score", [put(root, "a", [1])], {})
     put(root, "b", [2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,26 +24,84 @@ def report(store: StorePath = STORE) -> None:
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help='Such as "SELECT * FROM rounds".')],
+    query: Annotated[str | None, typer.Argument(help='Such as "SELECT * FROM rounds"; without: at a prompt.')] = None,
     store: StorePath = STORE,
+    file: Annotated[Path | None, typer.Option(help="A file of SQL instead; - for standard input.")] = None,
     format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
     snapshot: Annotated[int | None, typer.Option(help="Read the store as it was at this snapshot.")] = None,
+    views: Annotated[bool, typer.Option("--views", help="Print the views as SQL, for DuckDB without Winnow.")] = False,
 ) -> None:
     """Ask the store: prompts, samples, refinements, scores, embeddings, distances, selections, evaluations, rounds,
     curated."""
     from jobs.show import show
-    from storage.query import user_query
+    from storage.query import script, user_query
 
-    show(user_query(store, query, snapshot), format)
+    if sum([query is not None, file is not None, views]) > 1:
+        raise WinnowError("sql: give a query, --file or --views, not several of them")
+    if views:
+        print(script(store, snapshot), end="")
+    elif file or query is not None or not sys.stdin.isatty():
+        show(user_query(store, query if query is not None else _text(file), snapshot), format)
+    else:
+        from jobs.shell import shell
+
+        shell(store, format, snapshot)
+
+
+def _text(file: Path | None) -> str:
+    """SQL from a file, or from standard input."""
+    if file is None or str(file) == "-":
+        return sys.stdin.read()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"--file {file}: cannot be read ({error}); give a text file in UTF-8") from error
 
 
 @app.command()
-def explain(sample: Annotated[int, typer.Argument(help="A sample_id.")], store: StorePath = STORE) -> None:
+def explain(
+    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    store: StorePath = STORE,
+    format: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
     """Tell why a sample was kept or dropped."""
     from jobs.explain import explain as tell
+    from jobs.explain import words
     from storage.layout import check
 
-    print(tell(check(store), sample))
+    if format not in ("text", "json"):
+        raise WinnowError(f"--format {format!r}: unknown; allowed are text and json")
+    story = tell(check(store), sample)
+    print(words(story) if format == "text" else json.dumps(story, ensure_ascii=False, indent=1))
+
+
+Space = Annotated[str | None, typer.Option("--space", help="The encoder to compare in; by default the only one.")]
+Count = Annotated[int, typer.Option("-k", min=1, help="How many.")]
+Format = Annotated[str, typer.Option(help="table, json, csv or parquet.")]
+
+
+@app.command()
+def similar(
+    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    store: StorePath = STORE, space: Space = None, k: Count = 10, format: Format = "table",
+) -> None:  # fmt: skip
+    """Find the samples that are most like one."""
+    from jobs.show import show
+    from jobs.similar import similar as find
+
+    show(find(store, sample, space, k), format)
+
+
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(help='Such as "a red seven".')],
+    store: StorePath = STORE, space: Space = None, k: Count = 10, format: Format = "table",
+) -> None:  # fmt: skip
+    """Find the samples that are most like a text, in a space of images and texts."""
+    from jobs.show import show
+    from jobs.similar import search as find
+
+    show(find(store, text, space, k), format)
 
 
 @app.command()
@@ -99,3 +159,16 @@ def convert(
     from jobs.convert import convert as write
 
     print(f"{target}: {write(source, target)} tensors")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A round, such as 1, or arm:round.")],
+    after: Annotated[str, typer.Argument(help="Another one.")],
+    store: StorePath = STORE,
+) -> None:
+    """Tell what changed from one round to another: recipe, kept samples, scores, drift, verdict."""
+    from jobs.diff import diff as tell
+    from storage.layout import check
+
+    print("\n".join(tell(check(store), before, after)))

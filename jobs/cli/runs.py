@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.app import RECIPE, STORE, Arm, RecipeName, Round, Rounds, Set, StorePath, app, open_run, setting
+from schemas.errors import WinnowError
 
 
 @app.command(name="round")
@@ -94,3 +95,76 @@ def plan(
     loaded = recipes.override(recipes.load(recipe), [setting(text) for text in set or []]).for_arm(arm)
     for line in count(loaded, prompts, tflops or TFLOPS).lines():
         print(line)
+
+
+@app.command()
+def publish(
+    to: Annotated[str, typer.Option(help="The repository of the Hub, user/name.")],
+    store: StorePath = STORE,
+    what: Annotated[str, typer.Option(help="selection (one round's training set), store or model.")] = "selection",
+    recipe: Annotated[str | None, typer.Option(help="Whose table 'publish' answers; by default the store's.")] = None,
+    arm: Annotated[str | None, typer.Option(help="The arm; by default the first that the guard judges.")] = None,
+    round: Annotated[int | None, typer.Option(min=1, help="The round; by default that which the guard keeps.")] = None,
+    dry_run: Annotated[Path | None, typer.Option(help="Write the files into this folder, and upload nothing.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Open to all; by default it is private.")] = False,
+    tag: Annotated[str | None, typer.Option(help="The tag that marks it; by default one by the content.")] = None,
+    unanswered: Annotated[bool, typer.Option("--unanswered", help="Although answers are missing.")] = False,
+    set: Set = None,
+) -> None:
+    """Publish a curated selection, the whole store or a trained model to the Hugging Face Hub, with its card."""
+    from jobs import recipe as recipes
+    from jobs.publish import publish as send
+    from storage.layout import check
+
+    given = recipes.load(recipe) if recipe else None
+    sets = [setting(text) for text in set or []]
+    print(send(check(store), to, what, given, sets, arm, round, dry_run, public, tag, unanswered))
+
+
+@app.command()
+def label(
+    store: StorePath = STORE,
+    kind: Annotated[str, typer.Argument(help="picks (keep or drop candidates) or pairs (which is better).")] = "picks",
+    arm: Annotated[str | None, typer.Option(help="Picks: whose candidates; by default the judged arm's.")] = None,
+    round: Annotated[int | None, typer.Option(min=1, help="Picks: of which round; by default the newest.")] = None,
+    contestants: Annotated[str, typer.Option(help="Pairs: models such as base,curated:1,naive:4.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Pairs: how many each voter is asked of.")] = 100,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 takes a free one.")] = 0,
+    results: Annotated[bool, typer.Option("--results", help="Only tell what the votes so far say.")] = False,
+) -> None:
+    """Vote on a page of this machine: pick candidates by hand, or compare models; every vote is a row at once."""
+    from jobs.label.ballot import pairs, picks
+    from jobs.label.serve import results as lines
+    from jobs.label.serve import serve
+    from storage.layout import check
+
+    home = check(store)
+    if results:
+        print("\n".join(lines(home)))
+    elif kind == "picks":
+        serve(home, picks(home, arm, round), port)
+    elif kind == "pairs":
+        serve(home, pairs(home, [name for name in contestants.split(",") if name], limit), port)
+    else:
+        raise WinnowError(f"label {kind!r}: unknown; allowed are picks and pairs")
+
+
+@app.command()
+def doctor(
+    recipe: RecipeName = RECIPE,
+    store: StorePath = STORE,
+    arm: Arm = "curated",
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts, where the recipe keeps all that pass.")] = None,
+    set: Set = None,
+) -> None:
+    """Look what of a recipe cannot run on this machine, and say the cure; ends with status 2 where something cannot."""
+    from jobs import recipe as recipes
+    from jobs.doctor import doctor as look
+
+    loaded = recipes.override(recipes.load(recipe), [setting(text) for text in set or []]).for_arm(arm)
+    wrong = 0
+    for finding in look(loaded, store, prompts):
+        print(finding.line(), flush=True)
+        wrong += finding.ok is False
+    if wrong:
+        raise typer.Exit(2)

@@ -119,6 +119,24 @@ def select(
 
 
 @app.command()
+def tournament(
+    recipe: RecipeName = RECIPE, store: StorePath = STORE, arm: Arm = "curated", round: Round = None,
+    policy: Annotated[list[str] | None, typer.Option(help="One of tournament.policies; by default all.")] = None,
+    format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table", set: Set = None,
+) -> None:  # fmt: skip
+    """Compare policies over the round's candidates: overlap, diversity, effective sample size, drift, scores."""
+    from jobs.show import show
+    from jobs.tournament import tournament as compare
+
+    found = compare(open_run(recipe, store, arm, round, set), tuple(policy or ()))
+    if format != "table":
+        show(found, format)
+        return
+    show(found.drop(["overlap"]))
+    show(found.select(["policy", "overlap"]).flatten())
+
+
+@app.command()
 def weigh(
     recipe: RecipeName = RECIPE, store: StorePath = STORE, arm: Arm = "curated", round: Round = None, set: Set = None
 ) -> None:

@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """``encode(images, prompts) -> float [N, D]``; ``revision`` changes whenever the vectors would."""
+    """``encode(images, prompts) -> float [N, D]``; ``revision`` changes whenever the vectors would. ``texts(texts) ->
+    float [N, D]`` where the space is one of images and texts."""
 
     name: str
     revision: str
     encode: Callable[[list[Image.Image], list[str]], np.ndarray]
+    texts: Callable[[list[str]], np.ndarray] | None = None
 
 
 def _open_clip(model: str) -> Encoder:
     from jobs.clip import Clip
 
     clip = Clip(model)
-    return Encoder(f"open_clip:{model}", clip.revision, lambda images, _: clip.images(images))
+    return Encoder(f"open_clip:{model}", clip.revision, lambda images, _: clip.images(images), clip.texts)
 
 
 def _vae(model: str) -> Encoder:
@@ -53,12 +55,12 @@ def _vision(kind: Kind, model: str) -> Encoder:
     from jobs.encoders.vision import Vision
 
     vision = Vision(kind, model)
-    return Encoder(f"{kind}:{model}", vision.revision, vision.encode)
+    return Encoder(f"{kind}:{model}", vision.revision, vision.encode, None if kind == "dinov2" else vision.texts)
 
 
 def _scene_clip(_: str) -> Encoder:
     found = _open_clip(f"local-dir:{world.WEIGHTS / 'clip'}")
-    return Encoder("scene-clip", found.revision, found.encode)
+    return Encoder("scene-clip", found.revision, found.encode, found.texts)
 
 
 def _scene_judge(_: str) -> Encoder:
@@ -79,6 +81,9 @@ ENCODERS: dict[str, Callable[[str], Encoder]] = {
     "scene-judge": _scene_judge,
 }
 
+
+#: Those whose space is one of images and texts.
+READERS = ("open_clip", "clip", "siglip", "scene-clip")
 
 #: The name of a known encoder, as settings hold it.
 EncoderName = Annotated[str, AfterValidator(lambda name: known("encoder", name, ENCODERS))]

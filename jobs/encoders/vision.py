@@ -48,6 +48,21 @@ class Vision:
 
         return self.weights.part(AutoImageProcessor)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return self.weights.part(AutoTokenizer)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> np.ndarray:
+        """Unit text features of CLIP and SigLIP, float32 [N, D], padded as the images' texts were in training."""
+        padding = "max_length" if self.kind == "siglip" else True
+        inputs = self.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(devices.device())
+        with devices.exact():
+            vectors = normalize(pooled(self.model.get_text_features(**inputs)), dim=-1)
+        return vectors.float().cpu().numpy()
+
     @torch.no_grad()
     def encode(self, images: list[Image.Image], _: list[str]) -> np.ndarray:
         """Vectors float32 [N, D]."""

@@ -1,0 +1,135 @@
+"""Distances to D_0: mean and k-nearest, beside the machine's own matrix product and beside the usual libraries.
+
+Standard normal float32 rows of an SD latent's size. All are in memory when the clock starts, and all use the threads
+that they use by themselves. What takes minutes is measured on fewer rows, ours on the same.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
+from sklearn.neighbors import NearestNeighbors
+
+from bench.peak import forget, resident
+from bench.ratio import Ratio, compare
+from curate.distance import mean_distance, nearest
+
+DIM, K = 16_384, 10
+ROWS, FEW = 5000, 200  # of samples; D_0 has ROWS
+TURNS = 5
+
+
+def rows(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, DIM), dtype=np.float32)
+
+
+def by_product(x: np.ndarray, ref: np.ndarray) -> None:
+    for i in range(0, len(x), 1000):
+        x[i : i + 1000] @ ref.T
+
+
+def by_torch(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return torch.cdist(torch.from_numpy(x), torch.from_numpy(ref)).mean(1).numpy()
+
+
+def by_scikit(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return pairwise_distances(x, ref).mean(axis=1)
+
+
+def by_scikit_chunks(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    chunks = pairwise_distances_chunked(x, ref, reduce_func=lambda part, _: part.mean(axis=1), working_memory=256)
+    return np.concatenate(list(chunks))
+
+
+def by_scipy(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return cdist(x, ref).mean(axis=1)
+
+
+def ours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return mean_distance(x, ref)
+
+
+def our_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return nearest(x, ref, K)[0]
+
+
+def faiss_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    index = faiss.IndexFlatL2(DIM)
+    index.add(ref)
+    return index.search(x, K)[1]
+
+
+def scikit_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return NearestNeighbors(n_neighbors=K, algorithm="brute").fit(ref).kneighbors(x, return_distance=False)
+
+
+def torch_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return torch.cdist(torch.from_numpy(x), torch.from_numpy(ref)).topk(K, largest=False).indices.numpy()
+
+
+def scipy_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return np.argsort(cdist(x, ref), axis=1)[:, :K]
+
+
+def run() -> list[Ratio]:
+    """Seconds against each, then the peak of memory beyond the rows themselves."""
+    x, ref = rows(ROWS, 0), rows(ROWS, 1)
+    some, found = x[:FEW], []
+    truth = np.argsort(cdist(some, ref), axis=1)[:, :K]
+    same = float(np.mean(np.sort(our_neighbours(some, ref), axis=1) == np.sort(truth, axis=1)))
+    alike = float(np.mean(np.sort(our_neighbours(x, ref), axis=1) == np.sort(faiss_neighbours(x, ref), axis=1)))
+    means = float(np.max(np.abs(ours(some, ref) / by_scipy(some, ref) - 1)))
+    mean = f"mean L2, {{}} × {ROWS} of {DIM:,}; within {means:.1g} of float64"
+    near = f"{K}-NN, {{}} × {ROWS} of {DIM:,}; {alike:.2%} as FAISS, {same:.2%} as float64"
+    for name, own, other, what, most in (
+        ("mean distance, ours / fp32 product", ours, by_product, mean, x),
+        ("mean distance, ours / torch.cdist", ours, by_torch, mean, x),
+        ("mean distance, ours / scikit-learn", ours, by_scikit, mean, x),
+        ("mean distance, ours / scikit-learn in chunks", ours, by_scikit_chunks, mean, x),
+        ("mean distance, ours / scipy cdist", ours, by_scipy, mean, some),
+        ("k-NN, ours / FAISS flat", our_neighbours, faiss_neighbours, near, x),
+        ("k-NN, ours / torch.cdist", our_neighbours, torch_neighbours, near, x),
+        ("k-NN, ours / scikit-learn", our_neighbours, scikit_neighbours, near, x),
+        ("k-NN, ours / scipy cdist", our_neighbours, scipy_neighbours, near, some),
+    ):
+        seconds = compare(name, what.format(len(most)), *(_over(call, most, ref) for call in (own, other)), TURNS)
+        found.append(seconds)
+    del x, ref, some
+    for name, own, other in (
+        ("mean distance, memory beside torch.cdist", ours, by_torch),
+        ("mean distance, memory beside scikit-learn", ours, by_scikit),
+        ("mean distance, memory beside scipy cdist", ours, by_scipy),
+        ("k-NN, memory beside FAISS flat", our_neighbours, faiss_neighbours),
+        ("k-NN, memory beside scikit-learn", our_neighbours, scikit_neighbours),
+    ):
+        count = FEW if other is by_scipy else ROWS
+        mine, theirs = (_peak(call, count) for call in (own, other))
+        what = f"peak beyond the rows, {count} × {ROWS} of {DIM:,}"
+        found.append(Ratio(name, what, mine, theirs, *(3 * [mine / theirs]), 1, "MiB"))
+    return found
+
+
+def _over(call: Callable[..., Any], x: np.ndarray, ref: np.ndarray) -> Callable[[], object]:
+    return lambda: call(x, ref)
+
+
+def _peak(call: Callable[..., Any], count: int) -> float:
+    """MiB that a call takes at most beyond what its process held before, in a process of its own (Linux)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (call, count))
+
+
+def _measure(call: Callable[..., Any], count: int) -> float:
+    x, ref = rows(count, 0), rows(ROWS, 1)
+    call(x[:64], ref[:64])  # what a library loads once
+    before = resident()
+    forget()
+    call(x, ref)
+    return resident("VmHWM") - before

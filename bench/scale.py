@@ -1,0 +1,201 @@
+"""Curation at scale: distance, select, weigh and export over rounds of made-up samples, in one command.
+
+    python -m bench scale                 the curve from 10,000 to 1,000,000 samples, and the same by hand
+    python -m bench.scale ours N          one size, in this process: seconds and peak memory by stage
+    python -m bench.scale theirs N        what is otherwise written with pandas, scikit-learn and datasets
+
+Rounds of 10,000 samples: small images, five scores, 768 numbers in float16 that form clusters; D_0 has 50,000. Each
+round's samples are measured by their 10 nearest of D_0, one of each prompt's ten is kept by rank fusion of the five
+scores, weighed by its distance, and all kept ones are exported. Both sides read the same Parquet files, in a process
+of their own, and write theirs to the same disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bench.peak import Peak
+from bench.ratio import Ratio
+from bench.selection import part, random_file
+from jobs import recipe as recipes
+from jobs.recipe import Recipe
+from jobs.run import BASE, Run
+from schemas.tables import embedding_schema
+from storage.commit import Part
+from storage.layout import create
+from storage.snapshot import seal
+
+SIZES = (10_000, 100_000, 1_000_000)
+ROUND, PROMPT, D0, DIM, K = 10_000, 10, 50_000, 768, 10
+CLUSTERS, FILE = 500, 400  # bytes an image file
+SPACE, SCORERS = "open_clip:made/up", tuple(f"open_clip:made/up-{i}" for i in range(5))
+FIRST = 10**9  # of the ids of D_0, whose prompts are those of the first rounds
+THEIRS = "theirs.parquet"
+
+
+def recipe() -> Recipe:
+    changes: dict[str, Any] = {
+        "embed.encoders": [SPACE], "score.scorers": list(SCORERS), "distance.space": SPACE, "distance.kind": "knn",
+        "distance.k": K, "select.policy": "best_of_n", "select.keep": 1, "select.fuse": "rank",
+        "distance.metric": "l2", "select.scorers": None, "select.budget": None, "weigh.by": "distance",
+        "export.formats": ["parquet"], "export.accumulate": True, "export.rows": ROUND, "export.encode": None,
+    }  # fmt: skip
+    found = recipes.override(recipes.load("refine-only"), [(key.split("."), value) for key, value in changes.items()])
+    return found.for_arm("curated")
+
+
+def build(folder: Path, samples: int) -> Path:
+    """A store of so many samples and D_0, sealed as if its rounds had been generated, embedded and scored."""
+    store = create(folder / "store")
+    parts = list(_round(store, 0, BASE, "reference", FIRST + np.arange(D0), ()))
+    for number in range(1, samples // ROUND + 1):
+        parts += _round(store, number, "curated", "train", (number - 1) * ROUND + np.arange(ROUND), SCORERS)
+    seal(store, "made up", parts, recipe().model_dump(mode="json"))
+    return store
+
+
+def _round(
+    store: Path, number: int, arm: str, split: str, ids: np.ndarray, scorers: tuple[str, ...]
+) -> Iterator[Part]:
+    n, rng, file = len(ids), np.random.default_rng([number, 7]), random_file(FILE)
+    at: dict[str, str | int] = {"round": number, "arm": arm, "split": split}
+    prompts = ids % FIRST // PROMPT
+    columns = {
+        "sample_id": ids, **at, "prompt_id": prompts, "prompt": [f"a scene, number {i}" for i in prompts],
+        "seed": ids, "model": "made-up", "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None,
+        "image": [{"bytes": file(i), "path": f"{i}.png"} for i in ids.tolist()],
+    }  # fmt: skip
+    yield part(store, "samples", at, columns)
+    centres = np.random.default_rng(0).standard_normal((CLUSTERS, DIM), dtype=np.float32)
+    vectors = rng.standard_normal((n, DIM), dtype=np.float32)
+    vectors += centres[rng.integers(0, CLUSTERS, n)]
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).reshape(-1)), DIM)
+    columns = {"sample_id": ids, "round": number, "encoder": SPACE, "revision": "1", "vector": flat}
+    yield part(store, "embeddings", at | {"encoder": SPACE}, columns, embedding_schema(DIM))
+    quality = rng.standard_normal(n)
+    for name in scorers:
+        columns = {"sample_id": ids, "scorer": name, "revision": "1", "value": quality + rng.standard_normal(n),
+                   "truncated": False, "round": number}  # fmt: skip
+        yield part(store, "scores", at | {"scorer": name}, columns)
+
+
+def ours(store: Path, samples: int) -> dict[str, Any]:
+    """All stages over all rounds; by stage the seconds, and its peak of memory in MiB."""
+    from jobs.distance import distance
+    from jobs.export import export
+    from jobs.select import select
+    from jobs.weigh import weigh
+
+    run, watch = Run(store, recipe()), Peak()
+    rounds = [run.at(number) for number in range(1, samples // ROUND + 1)]
+    watch("D_0", lambda: distance(run.base(), "reference"))
+    for stage in (distance, select, weigh):
+        watch(stage.__name__, lambda stage=stage: [stage(one) for one in rounds])
+    watch("export", lambda: export(rounds[-1]))
+    return watch.found
+
+
+def theirs(store: Path, samples: int) -> dict[str, Any]:
+    """The same with pandas, scikit-learn and datasets, a round at a time where that takes less memory."""
+    import datasets
+    import pandas as pd
+    from sklearn.neighbors import NearestNeighbors
+
+    datasets.disable_progress_bars()
+    tables, watch, kept = store / "tables", Peak(), {}
+
+    def read(table: str, folder: str, columns: list[str]) -> pd.DataFrame:
+        files = sorted((tables / table / folder).rglob("*.parquet"))
+        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
+
+    def vectors(folder: str) -> tuple[np.ndarray, np.ndarray]:
+        found = read("embeddings", folder, ["sample_id", "vector"])
+        return found["sample_id"].to_numpy(), np.stack(found["vector"].to_numpy()).astype(np.float32)
+
+    def reference() -> None:
+        _, d0 = vectors("round-0")
+        kept["index"] = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(d0)
+        kept["own"] = kept["index"].kneighbors()[0].mean(axis=1)  # each row left out of its own neighbours
+
+    def distance() -> None:
+        for number in range(1, samples // ROUND + 1):
+            ids, x = vectors(f"round-{number}")
+            kept[number] = pd.DataFrame({"sample_id": ids, "distance": kept["index"].kneighbors(x)[0].mean(axis=1)})
+
+    def select() -> None:
+        for number in range(1, samples // ROUND + 1):
+            scores = read("scores", f"round-{number}", ["sample_id", "scorer", "value"])
+            wide = scores.pivot(index="sample_id", columns="scorer", values="value").reset_index()
+            wide = wide.merge(read("samples", f"round-{number}", ["sample_id", "prompt_id"]), on="sample_id")
+            wide["rank"] = wide.groupby("prompt_id")[list(SCORERS)].rank(pct=True).mean(axis=1)
+            best = wide.sort_values(["rank", "sample_id"], ascending=[False, True]).groupby("prompt_id").head(1)
+            kept[number] = best.merge(kept[number], on="sample_id")
+
+    def weigh() -> None:
+        beta, tail = np.quantile(kept["own"], [0.9, 0.99])
+        for number in range(1, samples // ROUND + 1):
+            far = kept[number]["distance"]
+            kept[number]["weight"] = np.where(far <= beta, 1.0, np.exp(-(far - beta) / (tail - beta)))
+
+    def export() -> None:
+        chosen = pd.concat([kept[number] for number in range(1, samples // ROUND + 1)])
+        files = [str(file) for number in range(1, samples // ROUND + 1)
+                 for file in (tables / "samples" / f"round-{number}").rglob("*.parquet")]  # fmt: skip
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(store.parent / "cache"))
+        place = pd.Series(np.arange(len(rows)), index=np.array(rows["sample_id"]))
+        some = rows.select(place[chosen["sample_id"]].to_numpy())
+        for name in ("weight", *SCORERS):
+            some = some.add_column(name, chosen[name].to_numpy())
+        some.to_parquet(str(store.parent / THEIRS))
+
+    for stage in (reference, distance, select, weigh, export):
+        watch("D_0" if stage is reference else stage.__name__, stage)
+    return watch.found
+
+
+def run() -> list[Ratio]:
+    """Seconds and memory, ours beside theirs, at each size; by stage in the words."""
+    found = []
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            store = build(Path(name), size)
+            sides = [_apart(who, store, size) for who in ("ours", "theirs")]
+            seconds = [sum(stage["seconds"] for stage in side.values()) for side in sides]
+            peaks = [max(stage["peak"] for stage in side.values()) for side in sides]
+            said = ["; ".join(f"{stage} {at['seconds']:.1f} s, {at['peak']:.0f} MiB" for stage, at in side.items())
+                    for side in sides]  # fmt: skip
+            what = f"{size:,} samples. Ours: {said[0]}. Theirs: {said[1]}"
+            for title, (mine, other), unit in (("end to end", seconds, "s"), ("peak memory", peaks, "MiB")):
+                ratio = mine / other
+                name_ = f"{title}, ours / pandas + scikit-learn + datasets, {size:,}"
+                found.append(Ratio(name_, what, mine, other, ratio, ratio, ratio, 1, unit))
+    return found
+
+
+def _apart(who: str, store: Path, samples: int) -> dict[str, Any]:
+    """One side in a process of its own."""
+    words = [sys.executable, "-m", "bench.scale", who, str(samples), str(store)]
+    said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def main(who: str, samples: str, store: str = "") -> None:
+    side: Callable[[Path, int], dict[str, Any]] = {"ours": ours, "theirs": theirs}[who]
+    if store:
+        print(json.dumps(side(Path(store), int(samples))))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        print(json.dumps(side(build(Path(name), int(samples)), int(samples)), indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,172 @@
+"""The nearest reference rows: found by matrix products or through an index, then measured exactly.
+
+    index    finds                                                      memory beyond the reference's own
+    exact    the nearest, but for ties within float32                   tiles alone
+    ivf      most of them: those in the clusters nearest to the row     4 D bytes a reference row
+    ivfpq    most of them, by codes that stand for the vectors          D / 4 bytes a row
+    hnsw     most of them, along a graph of neighbours                  4 D + 256 bytes a row
+
+What an index misses is measured, and it searches wider until that is little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+
+from curate import rows
+from curate.arrays import TILE_BYTES, Float64s, Floats, Ints, tiles
+from schemas.errors import WinnowError
+
+INDEXES = ("exact", "ivf", "ivfpq", "hnsw")
+RECALL = 0.95  # an index searches wider until it finds this share of the true neighbours
+PROBES = 200  # rows that the share is measured on
+CODED = 256  # reference rows below which there are too few to tell codes of a byte by
+MOST = 32  # candidates for each neighbour, at most, where vectors are known by codes alone
+
+#: From rows [N, D] float32, centred, to the indices of k reference rows each: [N, k], -1 where it found fewer.
+Finder = Callable[[Floats], Ints]
+
+
+class Neighbours(NamedTuple):
+    """indices [N, k] and squared L2 distances [N, k] of reference rows, nearest first; and the share in [0, 1] of the
+    true neighbours among them, measured on some rows."""
+
+    indices: Ints
+    squared: Float64s
+    recall: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference rows [M, D] made ready for many searches: their centre [D], their norms [M] where rows are compared at
+    length 1, and an index, if any, that was filled with them."""
+
+    rows: Floats
+    centre: Floats
+    length: Float64s | None
+    filled: faiss.Index | None
+
+
+def prepare(ref: Floats, unit: bool = False, index: str = "exact", seed: int = 0) -> Reference:
+    """The rows with their centre, and their index where one is asked for. The same rows and seed give the same one."""
+    if index not in INDEXES:
+        raise WinnowError(f"index is {index!r}: choose one of {', '.join(INDEXES)}")
+    length = rows.lengths(ref) if unit else None
+    centre = rows.mean(ref, length).astype(np.float32)
+    return Reference(ref, centre, length, None if index == "exact" else _index(ref, index, centre, length, seed))
+
+
+def search(x: Floats, ref: Reference, k: int) -> Neighbours:
+    """The k reference rows nearest to each row of x [N, D], k in 1..M. Whatever found the rows, their distances are
+    sums of squared differences, in which nothing cancels."""
+    own = None if ref.length is None else rows.lengths(x)
+
+    def flat(query: Floats) -> Ints:
+        return _flat(query, ref, k)
+
+    find, recall = flat, 1.0
+    if ref.filled is not None:
+        some = np.linspace(0, len(x) - 1, min(PROBES, len(x))).astype(np.int64)
+        probes = rows.centred(x[some], ref.centre, None if own is None else own[some])
+        find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows))
+    indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
+    for tile in tiles(len(x), 4 * x.shape[1]):
+        mine = None if own is None else own[tile]
+        query = rows.centred(x[tile], ref.centre, mine)
+        found = find(query)
+        if (few := (found < 0).any(axis=1)).any():
+            found[few, :k] = flat(query[few])
+        indices[tile], squared[tile] = _measured(x[tile], mine, ref, found, k)
+    return Neighbours(indices, squared, recall)
+
+
+def _index(ref: Floats, kind: str, centre: Floats, length: Float64s | None, seed: int) -> faiss.Index:
+    """A filled index over the reference [M, D]."""
+    count, dim = ref.shape
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, 32)
+        index.hnsw.efConstruction = 80
+    else:
+        # 4 sqrt(M) lists balance the work of choosing lists and of reading them; one needs 39 rows to be placed well.
+        lists = max(1, min(round(4 * count**0.5), count // 39))
+        coarse = faiss.IndexFlatL2(dim)
+        if kind == "ivf" or count < CODED:
+            index = faiss.IndexIVFFlat(coarse, dim, lists)
+        else:
+            index = faiss.IndexIVFPQ(coarse, dim, lists, _pieces(dim), 8)
+            index.pq.cp.seed = seed
+            index.pq.cp.min_points_per_centroid = 1
+        index.cp.seed = seed
+        index.cp.min_points_per_centroid = 1
+        places = np.sort(np.random.default_rng(seed).permutation(count)[: 64 * max(lists, 256)])
+        index.train(rows.centred(ref[places], centre, None if length is None else length[places]))
+    for tile in tiles(count, 12 * dim):
+        index.add(rows.centred(ref[tile], centre, None if length is None else length[tile]))
+    return index
+
+
+def _tuned(index: faiss.Index, probes: Floats, truth: Ints, count: int) -> tuple[Finder, float]:
+    """The index as a Finder that looks as widely as the probes ask for, at most at everything, and its recall."""
+    k, graph, codes = truth.shape[1], isinstance(index, faiss.IndexHNSW), isinstance(index, faiss.IndexIVFPQ)
+    most = count if graph else index.nlist
+    width, wanted = min(most, max(8, k)), k
+    last = min(count, MOST * k) if codes else k  # codes stand for no exact place: more are asked for, and measured
+    while True:
+        if graph:
+            index.hnsw.efSearch = width
+        else:
+            index.nprobe = width
+        found = index.search(probes, wanted)[1]
+        recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]))
+        if recall >= RECALL or (width >= most and wanted >= last):
+            return partial(_found, index, wanted), recall
+        width, wanted = min(most, 2 * width), min(last, 2 * wanted)
+
+
+def _found(index: faiss.Index, k: int, query: Floats) -> Ints:
+    return index.search(query, k)[1]
+
+
+def _pieces(dim: int) -> int:
+    """Into how many pieces of a byte each a vector is cut: the most up to D / 4 that divide D."""
+    return max(m for m in range(1, max(dim // 4, 1) + 1) if dim % m == 0)
+
+
+def _flat(query: Floats, ref: Reference, k: int) -> Ints:
+    """All pairs, a tile of the reference at a time: never the reference in float32 at once, never [N, M]."""
+    best = np.empty((len(query), 0), np.int64)
+    near = np.empty((len(query), 0), np.float32)
+    for tile in tiles(len(ref.rows), 4 * ref.rows.shape[1], TILE_BYTES // 4):
+        others = rows.centred(ref.rows[tile], ref.centre, None if ref.length is None else ref.length[tile])
+        squared, found = faiss.knn(query, others, min(k, len(others)))
+        best, near = np.hstack([best, found + tile.start]), np.hstack([near, squared])
+        if best.shape[1] > k:
+            order = np.argpartition(near, k - 1, axis=1)[:, :k]
+            best, near = np.take_along_axis(best, order, 1), np.take_along_axis(near, order, 1)
+    return best
+
+
+def _measured(x: Floats, own: Float64s | None, ref: Reference, found: Ints, k: int) -> tuple[Ints, Float64s]:
+    """The k nearest of the rows that were found, by the sum of squared differences: [N, k] both. A few rows at once,
+    so that they stay in the cache between the passes."""
+    indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
+    # Differences of float32 rows lose nothing that matters in float32; others, and directions, are taken in float64.
+    single = own is None and max(x.dtype.itemsize, ref.rows.dtype.itemsize) <= 4
+    kind = np.float32 if single else np.float64
+    for tile in tiles(len(x), kind().itemsize * found.shape[1] * x.shape[1], TILE_BYTES // 128):
+        some = found[tile]
+        near, mine = ref.rows[some.reshape(-1)].astype(kind, copy=False), x[tile].astype(kind, copy=False)
+        if own is not None and ref.length is not None:
+            near, mine = near / ref.length[some.reshape(-1), None], mine / own[tile, None]
+        near = near.reshape(*some.shape, -1)
+        near -= mine[:, None]
+        far = np.where(some < 0, np.inf, np.vecdot(near, near))  # an index may find fewer rows than were asked for
+        order = np.argsort(far, axis=1, kind="stable")[:, :k]
+        indices[tile], squared[tile] = np.take_along_axis(some, order, 1), np.take_along_axis(far, order, 1)
+    return indices, squared

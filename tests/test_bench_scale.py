@@ -1,0 +1,128 @@
+"""The benchmark of scale, small: ours agrees with all pairs, and theirs does the same work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import rows, sets
+from scipy.spatial.distance import cdist
+
+from bench import scale
+from bench.selection import part
+from jobs import recipe as recipes
+from jobs.distance import distance
+from jobs.run import Run
+from jobs.select import select
+from schemas.errors import WinnowError
+from schemas.tables import embedding_schema
+from storage.snapshot import seal
+
+SMALL = {"ROUND": 60, "PROMPT": 5, "D0": 120, "DIM": 8, "K": 4, "CLUSTERS": 6}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(scale, name, value)
+    return scale.build(tmp_path, 120)
+
+
+def measuring(store: Path, **changes: Any) -> Run:
+    settings = {f"distance.{key}": value for key, value in changes.items()} | {"reference.images_per_prompt": 5}
+    return Run(store, recipes.override(scale.recipe(), sets(settings)))
+
+
+def vectors(store: Path, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    found = rows(store, "SELECT sample_id, prompt_id, vector FROM embeddings JOIN samples USING (sample_id) "
+                        f"WHERE {where} ORDER BY sample_id")  # fmt: skip
+    return tuple(np.array([row[key] for row in found]) for key in ("sample_id", "prompt_id", "vector"))  # type: ignore
+
+
+def distances(store: Path, where: str) -> np.ndarray:
+    found = rows(store, "SELECT value FROM distances JOIN samples USING (sample_id) "
+                        f"WHERE {where} ORDER BY sample_id")  # fmt: skip
+    return np.array([row["value"] for row in found])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_both_sides_keep_and_weigh_the_same(store: Path, tmp_path: Path) -> None:
+    stages = scale.ours(store, 120)
+    assert list(stages) == ["D_0", "distance", "select", "weigh", "export"]
+    _, _, d0 = vectors(store, "split = 'reference'")
+    _, _, x = vectors(store, "split = 'train'")
+    near = np.sort(cdist(x, d0), axis=1)[:, :4].mean(axis=1)
+    np.testing.assert_allclose(distances(store, "split = 'train'"), near, rtol=1e-5)
+    kept = rows(store, "SELECT sample_id, weight FROM selections WHERE kept ORDER BY sample_id")
+    assert len(kept) == 24
+
+    assert list(scale.theirs(store, 120)) == list(stages)
+    other = pq.read_table(tmp_path / scale.THEIRS).sort_by("sample_id").to_pylist()
+    assert [row["sample_id"] for row in other] == [row["sample_id"] for row in kept]
+    assert [row["weight"] for row in other] == pytest.approx([row["weight"] for row in kept], rel=1e-4)
+    exported = [pq.read_table(path) for path in (store / "shards").rglob("*.parquet")]
+    assert sum(table.num_rows for table in exported) == 24
+
+
+@pytest.mark.parametrize("index", ["ivf", "ivfpq", "hnsw"])
+def test_an_index_serves_every_round(store: Path, index: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = measuring(store, index=index)
+    distance(run.base(), "reference"), distance(run), distance(run.at(2))
+    _, _, d0 = vectors(store, "split = 'reference'")
+    for number in (1, 2):
+        where = f"split = 'train' AND samples.round = {number}"
+        near = np.sort(cdist(vectors(store, where)[2], d0), axis=1)[:, :4].mean(axis=1)
+        found = distances(store, where)
+        assert (found >= near * (1 - 1e-5)).all() and np.median(found / near) < 1.02
+    assert "of the 4 nearest of D_0" in capsys.readouterr().err
+
+
+def test_distances_matched_by_prompt(store: Path) -> None:
+    run = measuring(store, match="prompt", k=2)
+    distance(run.base(), "reference"), distance(run)
+    _, theirs, d0 = vectors(store, "split = 'reference'")
+    _, mine, x = vectors(store, "split = 'train' AND samples.round = 1")
+    pairs = np.where(mine[:, None] == theirs, cdist(x, d0), np.inf)
+    np.testing.assert_allclose(
+        distances(store, "split = 'train' AND samples.round = 1"), np.sort(pairs, axis=1)[:, :2].mean(axis=1), rtol=1e-5
+    )
+    own = np.where(theirs[:, None] == theirs, cdist(d0, d0), np.inf)
+    np.fill_diagonal(own, np.inf)
+    np.testing.assert_allclose(
+        distances(store, "split = 'reference'"), np.sort(own, axis=1)[:, :2].mean(axis=1), rtol=1e-5
+    )
+    assert rows(store, "SELECT DISTINCT reference FROM distances") == [{"reference": "d0-prompt"}]
+
+
+def test_a_round_reads_no_part_of_another(store: Path) -> None:
+    for path in (store / "tables").rglob("round-2/**/*.parquet"):
+        path.write_bytes(b"unreadable")
+    run = measuring(store)
+    distance(run.base(), "reference"), distance(run)
+    with pytest.raises(WinnowError, match="cannot be read"):
+        distance(run.at(2))
+
+
+def test_a_selection_of_nothing_is_refused(store: Path) -> None:
+    run = measuring(store)
+    asked = sets({"select.policy": "sql", "select.sql": "SELECT sample_id FROM candidates WHERE distance < 0"})
+    with pytest.raises(WinnowError, match="keeps none of 60 samples.*not among what the query gives"):
+        select(Run(store, recipes.override(run.recipe, asked)))
+
+
+def test_vectors_of_two_lengths_are_refused(store: Path) -> None:
+    run, at = measuring(store), {"round": 1, "arm": "curated", "split": "train"}
+    image = {"bytes": b"\x89PNG\r\n\x1a\n", "path": "a.png"}
+    sample = {"sample_id": np.array([999]), **at, "prompt_id": 1, "prompt": "more", "seed": 1, "model": "made-up",
+              "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None, "image": [image]}  # fmt: skip
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)
+    longer = {"sample_id": np.array([999]), "round": 1, "encoder": scale.SPACE, "revision": "2", "vector": vector}
+    parts = [part(store, "samples", at, sample), part(store, "embeddings", at, longer, embedding_schema(9))]
+    seal(store, "more", parts, {})
+    distance(run.base(), "reference")
+    with pytest.raises(WinnowError, match="have (8 and 9|9 and 8) numbers"):
+        distance(run)

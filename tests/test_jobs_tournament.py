@@ -1,0 +1,129 @@
+"""Policies over the same candidates, compared; and the policies that people write themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import World, files
+
+from jobs import recipe as recipes
+from jobs import samples
+from jobs.run import Run
+from jobs.select import decide, needed
+from jobs.tournament import tournament
+from schemas.errors import WinnowError
+
+
+def changed(world: World, **select: Any) -> Run:
+    run = world.runs["curated"]
+    return replace(run, recipe=recipes.override(run.recipe, [(["select", key], v) for key, v in select.items()]))
+
+
+def kept(run: Run) -> Any:
+    return decide(run, run.recipe.select, needed(run), samples.of(run, "train"))
+
+
+def test_a_tournament_keeps_nothing_and_tells_what_each_would(world: World) -> None:
+    before = files(world.store)
+    run = world.runs["curated"]
+    rows = {row["policy"]: row for row in tournament(run).to_pylist()}
+    assert set(rows) == {"recipe", "best_of_n", "quantile_band", "top_k", "random", "diverse"}
+    stored = world.rows("SELECT sample_id FROM selections WHERE selection = 'curated' AND round = 1 AND kept")
+    own = rows["recipe"]
+    assert own["kept"] == len(stored) == own["prompts"] * run.recipe.select.keep
+    scores = world.rows(
+        "SELECT avg(value) AS v FROM scores JOIN selections USING (sample_id) WHERE scorer = 'scene-clip' "
+        "AND selection = 'curated' AND selections.round = 1 AND kept"
+    )
+    assert own["score:scene-clip"] == pytest.approx(scores[0]["v"])
+    weights = world.rows("SELECT weight AS w FROM selections WHERE selection = 'curated' AND round = 1 AND kept")
+    w = np.array([row["w"] for row in weights])
+    assert own["ess"] == pytest.approx(w.sum() ** 2 / (w**2).sum())
+    assert rows["best_of_n"]["overlap"]["recipe"] == 1 == own["overlap"]["recipe"]
+    assert rows["random"]["overlap"]["recipe"] < 1
+    assert rows["top_k"]["score:scene-clip"] == max(row["score:scene-clip"] for row in rows.values())
+    assert files(world.store) == before
+
+
+def test_the_verb_prints_measures_and_overlaps(world: World, winnow: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(world.recipe.model_dump(mode="json")))
+    words = ("tournament", "--recipe", recipe, "--store", world.store, "--round", 1)
+    said = winnow(*words, "--set", "tournament.policies={mild: {policy: quantile_band, band: [0.0, 0.75]}}")
+    assert said.status == 0 and "mild" in said.out and "overlap.mild" in said.out
+    found = json.loads(winnow(*words, "--policy", "random", "--format", "json").out)
+    assert [row["policy"] for row in found] == ["recipe", "random"]
+    assert "there are recipe, best_of_n" in winnow(*words, "--policy", "best").line
+
+
+def test_a_query_chooses_as_the_policy_does(world: World) -> None:
+    keep = world.runs["curated"].recipe.select.keep
+    query = f'SELECT sample_id, "rank:scene-clip" AS rank FROM candidates WHERE "rank:scene-clip" <= {keep} -- the best'
+    asked, plain = kept(changed(world, policy="sql", sql=query)), kept(world.runs["curated"])
+    np.testing.assert_array_equal(asked.kept, plain.kept)
+    np.testing.assert_array_equal(asked.rank[asked.kept], plain.rank[plain.kept])
+    assert set(asked.reason[~asked.kept]) == {"not among what the query gives"}
+    assert kept(changed(world, policy="sql", sql="SELECT sample_id FROM candidates WHERE distance < 0")).kept.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELECT nothing FROM candidates", "nothing"),
+        ("SELECT seed FROM candidates", "no sample_id"),
+        ("SELECT sample_id FROM candidates UNION ALL SELECT sample_id FROM candidates", "twice"),
+        ("DROP TABLE samples", "select.sql"),
+        ("SELECT * FROM read_csv('/etc/passwd')", "select.sql"),
+    ],
+)
+def test_a_bad_query_is_refused_in_one_line(world: World, query: str, said: str) -> None:
+    with pytest.raises(WinnowError, match=said) as caught:
+        kept(changed(world, policy="sql", sql=query))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_of_ones_own(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "minepolicies").mkdir()
+    (tmp_path / "minepolicies" / "firsts.py").write_text(
+        "import numpy as np\nfrom curate.decision import Decision\n\n\n"
+        "def first(scores, groups, ids, features=None, budget=None, rng=None):\n"
+        "    kept = ids == ids.min()\n"
+        "    return Decision(kept, np.ones(len(ids), int), np.where(kept, '', 'not first').astype(object))\n\n\n"
+        "def nothing(*columns):\n    return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    decision = kept(changed(world, policy="minepolicies.firsts:first"))
+    assert decision.kept.sum() == 1 and set(decision.reason[~decision.kept]) == {"not first"}
+    with pytest.raises(WinnowError, match="must return a Decision"):
+        kept(changed(world, policy="minepolicies.firsts:nothing"))
+    with pytest.raises(WinnowError, match="it must be importable"):
+        kept(changed(world, policy="minepolicies.firsts:missing"))
+
+
+def test_strata_are_the_prompts_own(world: World) -> None:
+    decision = kept(changed(world, policy="strata", strata="cluster", budget=6))
+    assert decision.kept.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"select.policy": "sql"}, "go together"),
+        ({"select.sql": "SELECT 1"}, "go together"),
+        ({"select.policy": "strata"}, "'strata' needs select.budget"),
+        ({"select.policy": "pareto"}, "two or more"),
+        ({"select.policy": "best"}, "did you mean 'best_of_n'"),
+        ({"distance.match": "prompt", "reference.images_per_prompt": 2}, "needs 11 images of D_0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], said: str) -> None:
+    from conftest import sets
+
+    with pytest.raises(WinnowError, match=said):
+        recipes.override(recipes.load("embedded"), sets(changes))
