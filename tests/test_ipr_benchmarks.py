@@ -227,7 +227,7 @@ def test_hues_are_those_of_colorsys(hue: float) -> None:
 
 def test_polygons_are_as_many_as_told(hand: dict[str, Digits]) -> None:
     images, numbers, sides = Polygons(hand).told(60, np.random.default_rng(0))
-    assert images.shape == (60, 48, 48, 1) and images.dtype == np.uint8
+    assert images.shape == (60, 40, 40, 1) and images.dtype == np.uint8
     for image, number in zip(images[..., 0], numbers, strict=True):
         assert ndimage.label(image[8:] > 127)[1] == number
         assert not image[:8, 8:-8].any()
@@ -242,22 +242,22 @@ def test_components_are_those_of_scipy(seed: int, share: float) -> None:
     assert {mask.tobytes() for mask in components(image)} == expected
 
 
-@given(st.sampled_from([3, 4, 5]), st.floats(6, 8), st.floats(0, 7), st.floats(10, 38), st.floats(18, 38))
+@given(st.sampled_from([3, 4, 5]), st.floats(5, 6.5), st.floats(0, 7), st.floats(8, 32), st.floats(16, 32))
 def test_corners_are_counted_wherever_it_lies(n: int, radius: float, turn: float, x: float, y: float) -> None:
     assert corners(polygon(n, radius, turn, x, y)) == n
 
 
 def test_other_shapes_have_no_corners() -> None:
-    y, x = np.indices((48, 48))
+    y, x = np.indices((40, 40))
     disc = (255 * (np.hypot(x - 24, y - 24) < 8)).astype(np.uint8)
-    assert corners(disc) == 0 and polygons.read(np.zeros((48, 48), np.uint8)) == (0, set())
+    assert corners(disc) == 0 and polygons.read(np.zeros((40, 40), np.uint8)) == (0, set())
 
 
 def scene(hand: Digits, number: int, side: int, drawn: list[int]) -> np.ndarray:
     """Two numerals and polygons of these corners, side by side."""
-    image = np.zeros((48, 48), np.uint8)
+    image = np.zeros((40, 40), np.uint8)
     for i, n in enumerate(drawn):
-        image |= polygon(n, 6.5, 0.3, 9 + 15 * i, 20) if i < 3 else polygon(n, 6.5, 0.3, 9, 38)
+        image |= polygon(n, 5.5, 0.3, 7 + 13 * i, 17) if i < 3 else polygon(n, 5.5, 0.3, 7, 32)
     image[:8, :8], image[:8, -8:] = hand.draw(np.array([number, side]), np.random.default_rng(number))
     return image[..., None]
 
@@ -283,7 +283,7 @@ def test_polygons_lie_apart() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         placed = polygons.scatter(3, rng)
-        assert len(placed) == 3 and all(r <= x <= 48 - r and 10 + r <= y <= 48 - r for r, x, y in placed)
+        assert len(placed) == 3 and all(r <= x <= 40 - r and 10 + r <= y <= 40 - r for r, x, y in placed)
         pairs = [(a, b) for i, a in enumerate(placed) for b in placed[:i]]
         assert all(np.hypot(a[1] - b[1], a[2] - b[2]) > a[0] + b[0] + 2 for a, b in pairs)
     assert all(low != high for low, high in pairwise(sorted(r for r, _, _ in placed)))

@@ -40,7 +40,7 @@ BENCHMARKS = {
         lambda _: EvenPixels(), Shape(), Training(5000), Pass(20, overlap=0.9), Pass(20, overlap=0.9), (2, 4, 8),
     ),
     "polygons": Benchmark(
-        Polygons, Shape(), Training(5000, batch=64), Pass(10, overlap=0.9), Pass(10, overlap=0.9), (2, 4, 8),
+        Polygons, Shape(), Training(8000), Pass(10, overlap=0.9), Pass(10, overlap=0.9), (2, 4, 8),
     ),
     # For a GPU: the class loss is what makes structure appear at this size.
     "sudoku9": Benchmark(

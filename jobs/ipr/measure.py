@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from curate.drift import proportion
 from jobs.devices import device
+from jobs.digest import digest
 from jobs.ipr.benchmarks import Benchmark, benchmark, task
 from jobs.ipr.model import RegionTransformer
 from jobs.ipr.refine import LOOKING, Choice, refine
@@ -23,6 +27,7 @@ from jobs.ipr.sampler import Pass, Sampler
 from jobs.ipr.train import Task, load
 from jobs.progress import bar
 from jobs.study import machine
+from schemas import ids
 from schemas.errors import WinnowError
 
 QUARTER = 0.25  # of the regions: IPR as published
@@ -167,25 +172,47 @@ class Bench:
         return rate(accepted), rows
 
 
+def noted(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by key, as a measurement that was stopped has left them; a line that was cut short counts for nothing."""
+    found = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found |= json.loads(line)
+    return found
+
+
 def measure(
     name: str, weights: Path, n: int, seed: int, data: str | None = None
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """All figures of a benchmark, and some samples that were wrong first and right after IPR: before, after."""
+    """All figures of a benchmark, and some samples that were wrong first and right after IPR: before, after.
+
+    While it lasts, finished methods are noted beside the model: a measurement that was killed goes on from them.
+    """
     how, (made, source), load_before = benchmark(name), task(name, data), os.getloadavg()[0]
     model, config = load(weights / name)
     if source != config.get("handwriting", source):
         raise WinnowError(f"{weights / name}: learned from {config['handwriting']}, not {source}; give that")
-    begun, rows = time.perf_counter(), []
+    notes, rows = weights / f"{name}.state" / "rows.jsonl", []
+    notes.parent.mkdir(exist_ok=True)
+    known, spec = noted(notes), [digest(weights / name), n, seed, device(), torch.get_num_threads()]
     for given in how.given:
         bench = Bench(model, made, n, seed, given)
         # What matters most; the controls are compared where nothing is given.
         plan = methods(how, int(bench.free[0].sum()), brief=given > 0)
-        with bar(f"measure {name}, {given:.0%} given", len(plan)) as advance:
+        with bar(f"measure {name}, {given:.0%} given", len(plan)) as advance, open(notes, "a") as file:
+            file.write("\n" if file.tell() else "")  # ends a line that was cut short
             for method in plan:
-                for row, x in bench.run(method):
-                    rows.append(row)
-                    if not given and (method.name, method.fraction) == ("IPR", QUARTER):
-                        after = x
+                key = ids.digest([*spec, given, asdict(method)])
+                shown = not given and (method.name, method.fraction) == ("IPR", QUARTER)  # its samples are wanted
+                if key not in known or shown:
+                    known[key] = []
+                    for row, x in bench.run(method):
+                        known[key].append(row)
+                        if shown:
+                            after = x
+                    file.write(json.dumps({key: known[key]}) + "\n")
+                    file.flush()
+                rows += known[key]
                 advance()
     hard = Bench(model, made, n, seed)
     ceiling, retention = hard.retention(how.again)
@@ -195,6 +222,6 @@ def measure(
         "n": n, "seed": seed, "handwriting": source, "checker": made.figures(), "ceiling": ceiling,
         "retention": retention, "rows": rows, "model": config, "machine": machine(), "device": device(),
         "threads": torch.get_num_threads(), "load_before": round(load_before, 2),
-        "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
+    shutil.rmtree(notes.parent)
     return figures, hard.images(before)[mended], hard.images(after)[mended]

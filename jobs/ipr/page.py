@@ -169,16 +169,16 @@ def page(found: dict[str, Any], out: Path) -> str:
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
             *findings(one), *choices(one),
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
-            f"{model['cpu_seconds'] / 60:.1f} CPU-minutes "
-            f"({model['threads']} threads), on {one['handwriting']}.",
+            f"{_minutes(how, model)} on {model['threads']} thread{'s' * (model['threads'] > 1)}, "
+            f"learned from {one['handwriting']}.",
             f"- Checker on what nobody has seen: {checker or 'exact'}. "
             f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
             "- Retention: " + "; ".join(
                 f"{row['method']} {row['level'] if row['method'] == 'whole image' else row['fraction']:g}: "
                 f"{_share(row)} %" for row in one["retention"]
             ) + ".",
-            f"- {one['n']} samples, {one['device']}, {one['threads']} threads; {one['machine']}; "
-            f"load {one['load_before']} when it began; {one['seconds']:.0f} s in all.",
+            f"- {one['n']} samples, {one['device']}, {one['threads']} thread{'s' * (one['threads'] > 1)}; "
+            f"{one['machine']}; load {one['load_before']} when it began.",
             "",
             "| given | method | drawn again | level | iterations | evaluations | valid, % | 95 % interval | distinct "
             "| unlike | s |",
@@ -198,6 +198,13 @@ def page(found: dict[str, Any], out: Path) -> str:
     if "sudoku9" not in found:
         lines.append(_arithmetic())
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _minutes(how: dict[str, Any], model: dict[str, Any]) -> str:
+    """The time of a training, or what the part since it went on makes of the whole."""
+    timed = how["steps"] - model["timed_from_step"]
+    minutes = model["cpu_seconds"] / 60 * how["steps"] / max(1, timed)
+    return f"{minutes:.1f} CPU-minutes" + (f" (by the last {timed:,} steps)" if model["timed_from_step"] else "")
 
 
 def _arithmetic() -> str:

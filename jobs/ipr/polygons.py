@@ -1,8 +1,8 @@
 """Counting Polygons: polygons of one kind, and two numerals that tell how many there are and how many corners each has.
 
-At the size of the embedded default: 48 × 48 pixels in regions of 8 × 8, 1 to 3 regular polygons of 3 to 5 corners (the
-published benchmark has 128 × 128 pixels, 1 to 9 polygons of 3 to 7). The numeral at the top left tells their number,
-the one at the top right the corners of each; both are real handwriting.
+At a small size: 40 × 40 pixels in regions of 8 × 8, 1 to 3 regular polygons of 3 to 5 corners (the published benchmark
+has 128 × 128 pixels, 1 to 9 polygons of 3 to 7). The numeral at the top left tells their number, the one at the top
+right the corners of each; both are real handwriting.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from jobs.ipr.digits import Digits, Reader
 from jobs.ipr.grid import Grid
 
-SIDE, CELL = 48, 8  # pixels
+SIDE, CELL = 40, 8  # pixels
 MOST, CORNERS = 3, (3, 4, 5)
-RADII = (6.0, 8.0)  # pixels from a polygon's middle to its corners
+RADII = (5.0, 6.5)  # pixels from a polygon's middle to its corners
 GAP = 2.0  # pixels that are left free between two, at least
 FINE = 4  # times as large each is drawn, for smooth edges
 INK = 96  # of 255: what is brighter belongs to a polygon
@@ -124,7 +124,7 @@ class Polygons:
         return Reader(self.hand["classifier"], tuple(range(1, MOST + 1))), Reader(self.hand["classifier"], CORNERS)
 
     def told(self, n: int, rng: np.random.Generator, hand: str = "model") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``n`` real images uint8 [n, 48, 48, 1], their numbers of polygons [n] and of corners [n]."""
+        """``n`` real images uint8 [n, SIDE, SIDE, 1], their numbers of polygons [n] and of corners [n]."""
         numbers, sides = rng.integers(1, MOST + 1, n), rng.choice(CORNERS, n)
         numerals = self.hand[hand].draw(np.stack([numbers, sides], 1), rng)
         images = np.zeros((n, SIDE, SIDE), np.uint8)
@@ -135,11 +135,11 @@ class Polygons:
         return images[..., None], numbers, sides
 
     def draw(self, n: int, rng: np.random.Generator, hand: str = "model") -> tuple[np.ndarray, None]:
-        """``n`` real images uint8 [n, 48, 48, 1]."""
+        """``n`` real images uint8 [n, SIDE, SIDE, 1]."""
         return self.told(n, rng, hand)[0], None
 
     def valid(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [N, 48, 48, 1] → bool [N]."""
+        """Images uint8 [N, SIDE, SIDE, 1] → bool [N]."""
         images = images[..., 0]
         number = self.readers[0](images[:, :CELL, :CELL])
         side = self.readers[1](images[:, :CELL, -CELL:])
