@@ -81,7 +81,9 @@ def _answers(recipe: Recipe, given: Recipe | None, sets: Sequence[Setting], unan
 
 
 def _round(source: Source, what: str, arm: str, kept: int | None) -> int:
-    """The round that the guard keeps or, where it keeps none that can be published, the newest."""
+    """The round that the guard keeps or, where it keeps none and no model is asked for, the newest."""
+    if what == "model" and kept == 0:
+        raise WinnowError(f"--what model: the guard keeps the base, no round of {arm!r}; give --round to publish one")
     table = "rounds WHERE arm" if what == "model" else "selections WHERE selection"
     sql = f"SELECT DISTINCT round FROM {table} = $arm AND round > 0 ORDER BY round"
     rounds = [row["round"] for row in source.rows(sql, arm=arm)]

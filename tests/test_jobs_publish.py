@@ -189,6 +189,16 @@ def test_a_model_in_a_folder(world: World, tmp_path: Path) -> None:
     assert (pipe.unet.conv_in.weight == models.load(str(trained)).unet.conv_in.weight).all()
 
 
+def test_no_model_is_published_unasked_where_the_guard_keeps_the_base(world: World, tmp_path: Path) -> None:
+    from jobs.publish import _round
+
+    with opened(world.store) as source:
+        with pytest.raises(WinnowError, match="the guard keeps the base, no round of 'curated'; give --round"):
+            _round(source, "model", "curated", 0)
+        assert _round(source, "model", "curated", 1) == 1 and _round(source, "selection", "curated", 0) == 2
+        assert _round(source, "model", "naive", None) == 2
+
+
 def test_the_card_of_a_lora(tmp_path: Path, world: World) -> None:
     from jobs import cards
     from jobs.questions import Publish
