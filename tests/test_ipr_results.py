@@ -224,13 +224,8 @@ def test_the_published_figures_are_whole() -> None:
         for row in one["rows"]:
             assert f"{100 * row['rate']:.1f} ± {100 * row['se']:.1f}" in page
     for picture in (HOME / "results").glob("ipr-*.png"):
-<<<<<<< HEAD
-        with Image.open(picture) as shown:
-            assert shown.size[0] > 100 and picture.stat().st_size < 100_000
-=======
         with Image.open(picture) as image:
             assert image.size[0] > 100 and picture.stat().st_size < 100_000
->>>>>>> 7c87f998ec3d95dc4111a344cdd5c04cefa1de7c
 
 
 def test_the_readme_quotes_the_published_figures() -> None:
