@@ -68,7 +68,7 @@ class Experts(nn.Module):
     def __init__(self, high: nn.Module, low: nn.Module) -> None:
         super().__init__()
         self.high, self.low = high, low
-        self.config, self.dtype = high.config, high.dtype
+        self.config, self.dtype, self.device = high.config, high.dtype, high.device
 
     def forward(self, noisy: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         """The answer of one of them: all images of a walk are at one timestep."""

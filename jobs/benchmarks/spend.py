@@ -93,7 +93,7 @@ def play(home: Path, method: Method, rounds: int, of: int | None) -> tuple[pa.Ta
     spent = cost(run, method, len(chosen))
     if method.refine:
         run = refined(run, method, chosen, rounds)
-        spent += run.query("SELECT sum(evaluations) AS n FROM refinements")["n"][0].as_py() / len(chosen)
+        spent += run.query("SELECT sum(evaluations)::BIGINT AS n FROM refinements")["n"][0].as_py() / len(chosen)
     # Of a chain of refinements the last that was accepted, else the image itself.
     found = run.query(
         "SELECT DISTINCT ON (samples.round, prompt_id) sample_id, samples.round, prompt, image FROM samples "
@@ -108,7 +108,7 @@ def cost(run: Run, method: Method, samples: int) -> float:
     """Network evaluations a sample before refinement: as the store counts them where candidates were rejected."""
     made = run.recipe.generate
     if made.reject:
-        return run.query("SELECT sum(evaluations) AS n FROM drafts")["n"][0].as_py() / samples
+        return run.query("SELECT sum(evaluations)::BIGINT AS n FROM drafts")["n"][0].as_py() / samples
     each = made.steps * (2 if made.guidance > 1 else 1)
     return method.first * (each + (LOOK if method.pick == GAP else 0))
 
