@@ -45,6 +45,10 @@ ones. Unlike: share of the cells that lie further from every digit of the classi
 | least certain regions | IPR of the regions that the model is least sure of; a look costs one evaluation |
 | regions in conflict | IPR of the regions that differ most from what the model expects there; the same cost |
 """
+ABSENT = """## {name}: not measured
+
+No model of it ships: `make benchmark-ipr ARGS="{name} --train"` trains one and measures it.
+"""
 GPU = """
 ## sudoku9: not measured
 
@@ -195,6 +199,7 @@ def page(found: dict[str, Any], out: Path) -> str:
             lines += ["", "Samples that were wrong first (above), and the same after IPR (below):", ""]
             lines += [f"![samples before and after](ipr-{name}.png)"]
         lines.append("")
+    lines += [ABSENT.format(name=name) for name in BENCHMARKS if name not in found and name != "sudoku9"]
     if "sudoku9" not in found:
         lines.append(_arithmetic())
     return "\n".join(lines).rstrip() + "\n"
