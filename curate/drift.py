@@ -102,6 +102,13 @@ def diversity(features: ArrayLike, groups: ArrayLike) -> float:
     return math.fsum(variances) / len(variances)
 
 
+def around(value: float, interval: tuple[float, float]) -> Interval:
+    """The width of a bootstrap's interval around the value itself: a resample repeats rows, which shifts such
+    statistics, so the percentiles alone may leave the value out."""
+    half = (interval[1] - interval[0]) / 2
+    return Interval(value, value - half, value + half)
+
+
 def bootstrap(
     statistic: Callable[..., float], *arrays: ArrayLike, n: int = 1000, rng: np.random.Generator | int,
     paired: bool = False, strata: ArrayLike | None = None, level: float = 0.95,

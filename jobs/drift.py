@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from curate.drift import Interval, bootstrap, diversity, frechet, frechet_distance, mean_within, moments, proportion
+from curate.drift import (
+    Interval,
+    around,
+    bootstrap,
+    diversity,
+    frechet,
+    frechet_distance,
+    mean_within,
+    moments,
+    proportion,
+)
 from curate.manifold import manifold
 from curate.mmd import cmmd, kid
 
@@ -38,10 +48,9 @@ def drift(
 
 
 def _around(value: float, interval: tuple[float, float]) -> Interval:
-    """The bootstrap's width around the value itself: a resample repeats rows, which shifts these statistics, so
-    the percentiles alone may leave the value out."""
-    half = (interval[1] - interval[0]) / 2
-    return Interval(value, max(0.0, value - half), value + half)
+    """``around``, of what is never below 0."""
+    found = around(value, interval)
+    return found._replace(low=max(0.0, found.low))
 
 
 def _frechet_to(target: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, model_validator
 
 from curate import select as choose
-from curate.decision import Decision, dedup, floors, listed, narrow
+from curate.decision import Decision, dedup, floors, listed, narrow, unsaid
 from curate.decision import picks as picked_by_hand
 from curate.fuse import FUSIONS
 from jobs import samples, votes
@@ -170,7 +170,7 @@ def decide(
     features = vectors_of(run, settings.space, "train")[1] if settings.space else None
 
     everything = np.ones(len(numbers), bool)
-    before = Decision(everything, np.zeros(len(numbers), np.int64), np.full(len(numbers), "", object))
+    before = Decision(everything, np.zeros(len(numbers), np.int64), unsaid(len(numbers)))
     if picks is not None:
         strangers = picks[~np.isin(picks, numbers)]
         if len(strangers):

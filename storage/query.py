@@ -49,10 +49,7 @@ def _with_views(
 ) -> duckdb.DuckDBPyConnection:
     # SQL must not see the Python variables of whoever calls.
     connection.execute("SET python_enable_replacements = false")
-    if snapshot is None:
-        snapshot = latest(home)
-    elif isinstance(snapshot, int):
-        snapshot = load(home, snapshot)
+    snapshot = _meant(home, snapshot)
     try:
         _create(connection, views(snapshot, home, sql=sql))
     except duckdb.Error:
@@ -62,6 +59,13 @@ def _with_views(
         except duckdb.Error as error:
             raise unreadable(home, error) from error
     return connection
+
+
+def _meant(home: Path, snapshot: Snapshot | int | None) -> Snapshot:
+    """The snapshot itself, that of the number, or the newest."""
+    if snapshot is None:
+        return latest(home)
+    return load(home, snapshot) if isinstance(snapshot, int) else snapshot
 
 
 def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
@@ -101,8 +105,7 @@ def stream(
 def script(root: str | Path, snapshot: Snapshot | int | None = None) -> str:
     """The views of a snapshot as SQL that DuckDB runs without Winnow; it holds the paths of the store's parts."""
     home = check(root)
-    found = latest(home) if snapshot is None else load(home, snapshot) if isinstance(snapshot, int) else snapshot
-    return "".join(f"{statement};\n" for statement in views(found, home))
+    return "".join(f"{statement};\n" for statement in views(_meant(home, snapshot), home))
 
 
 def user_query(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curate.drift import bootstrap, frechet, mean_over, moments, wins
+from curate.drift import around, bootstrap, frechet, mean_over, moments, wins
 from jobs.evaluate import real_vectors
 
 RESAMPLES = 200  # of the bootstrap behind each interval
@@ -56,7 +56,7 @@ def figures(mine: Measured, against: dict[str, Measured], seed: int = 0) -> Figu
         "n": len(mine.prompts),
         "accuracy": list(mean(mine.right.astype(float))),
         "score": list(mean(mine.score)),
-        "fd_real": _around(distance(mine.features), bootstrap(distance, mine.features, **within)),
+        "fd_real": list(around(distance(mine.features), bootstrap(distance, mine.features, **within))),
     }
     for name, other in against.items():
         assert (mine.prompts == other.prompts).all(), "images are compared with those of the same captions"
@@ -69,12 +69,6 @@ def figures(mine: Measured, against: dict[str, Measured], seed: int = 0) -> Figu
             "preferred_of_decided": list(mean_over(won[decided], mine.prompts[decided], RESAMPLES, seed))
             if decided.any() else None,
             "score_change": list(np.array(mean(mine.score - other.score)) / other.score.mean()),
-            "fd_change": _around(value, bootstrap(change, mine.features, other.features, **within)),
+            "fd_change": list(around(value, bootstrap(change, mine.features, other.features, **within))),
         }  # fmt: skip
     return found
-
-
-def _around(value: float, interval: tuple[float, float]) -> list[float]:
-    """The width of the bootstrap around the value: resampling repeats rows, which shifts a Fréchet distance."""
-    half = (interval[1] - interval[0]) / 2
-    return [value, value - half, value + half]
