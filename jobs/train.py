@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from jobs import devices, models
+from jobs import devices, models, trainset
 from jobs.export import shards_of
 from jobs.progress import say
 from jobs.prompts import chosen
@@ -24,9 +24,12 @@ from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
 from storage.commit import commit_folder
-from storage.snapshot import Spent, seal
+from storage.places import parts_of, rows_at
+from storage.snapshot import Spent, latest, seal
 
 if TYPE_CHECKING:
+    import torch
+
     from jobs.training.cache import Example
 
 
@@ -50,8 +53,10 @@ class Train(Settings):
     how they are drawn, null: logit-normal for a flow, else uniform. ``min_snr``: γ of min-SNR weighting.
     ``normalise``: what the weighted sum is divided by, see jobs.training.loop.
     ``prompt_dropout`` keeps classifier-free guidance alive.
-    ``neon`` w: go from the start the other way, start − w · (trained − start), for a model that was trained on its own
-    unselected samples (Neon, arXiv 2510.03597).
+    ``neon`` w goes away from what training on unselected samples of its own does to a model (Neon, arXiv 2510.03597).
+    With ``neon_on`` "selection", for a selection that is none: start − w · (trained − start). With "candidates" a
+    second model is trained from the start, as long, on as many of the round's candidates, drawn at random and of
+    weight 1, and the result is trained + w · (start − second).
     ``checkpoint``: steps between two resumable states, 0 for none. ``watch``: steps between two looks, 0 for none: at
     the loss of a share ``validation`` of the samples, the same ones in every round, which are held back, and at a sheet
     of ``sheet`` held-out prompts.
@@ -78,6 +83,7 @@ class Train(Settings):
     normalise: Literal["none", "mean", "batch"] = "none"
     prompt_dropout: float = Field(0.0, ge=0, le=1)
     neon: float | None = Field(None, gt=0)
+    neon_on: Literal["selection", "candidates"] = "selection"
     checkpoint: int = Field(100, ge=0)
     watch: int = Field(0, ge=0)
     validation: float = Field(0.0, ge=0, lt=1)
@@ -89,6 +95,10 @@ class Train(Settings):
             raise WinnowError(f"train.window is {list(self.window)}; give two timesteps, low and high")
         if self.validation and not self.watch:
             raise WinnowError(f"train.validation is {self.validation}, but nobody looks; set train.watch to some steps")
+        if self.neon and self.neon_on == "candidates" and self.method == "lora":
+            # The sum of two low-rank products is of twice their rank.
+            raise WinnowError("train.neon_on 'candidates' adds two trainings up, which a LoRA cannot hold; set "
+                              "train.method to 'full', or train.neon_on to 'selection'")
         return self
 
 
@@ -150,7 +160,6 @@ def train(run: Run) -> None:
     began = time.perf_counter()
     import torch
 
-    from jobs.families import family
     from jobs.training.cache import build
     from jobs.training.loop import check, fine_tune
     from jobs.training.watch import Watch
@@ -161,8 +170,7 @@ def train(run: Run) -> None:
     check(pipe, settings)
     with group.main_process_first():  # it encodes what is not cached yet
         data = build(pipe, examples(run), run.store / "cache", settings.size, settings.buckets)
-    # Of B·A, which starts at nothing, turning B turns all.
-    turned = [p for n, p in family(pipe).model(pipe).named_parameters() if p.requires_grad and "lora_A" not in n]
+    turned = _turned(pipe)
     begun = [p.detach().to("cpu", copy=True) for p in turned] if settings.neon else []
     watch = None
     if settings.watch:
@@ -174,16 +182,56 @@ def train(run: Run) -> None:
     waited = fine_tune(pipe, data, settings, seed, progress, label, watch)
     if waited > WAITING:
         say(f"{label}: {waited:.0%} of the time went into waiting for data; is the store on a slow disk?")
-    with torch.no_grad():
-        for now, start in zip(turned if begun else [], begun, strict=True):
-            start = start.to(now.device)
-            now.copy_(start - settings.neon * (now - start))
+    if settings.neon and settings.neon_on == "candidates":
+        second = _self_trained(run, len(data), progress)
+        with torch.no_grad():
+            for now, start, other in zip(turned, begun, second, strict=True):
+                now.add_((start - other).to(now.device), alpha=settings.neon)
+    elif settings.neon:
+        with torch.no_grad():
+            for now, start in zip(turned, begun, strict=True):
+                start = start.to(now.device)
+                now.copy_(start - settings.neon * (now - start))
     if group.is_main_process:
         commit_folder(run.store, name, save)
         spent = Spent("train", run.arm, run.round, round(time.perf_counter() - began, 3))
         seal(run.store, "train", [], run.recipe.model_dump(mode="json"), spent)
         _clear(progress)
     group.wait_for_everyone()
+
+
+def _turned(pipe: Any) -> list[torch.nn.Parameter]:
+    """What neon moves. Of a LoRA's B·A, which starts at nothing, turning B turns all."""
+    from jobs.families import family
+
+    return [p for n, p in family(pipe).model(pipe).named_parameters() if p.requires_grad and "lora_A" not in n]
+
+
+def _self_trained(run: Run, count: int, progress: Path) -> list[torch.Tensor]:
+    """The round's start after training on ``count`` of its own candidates, whatever they are worth; on the CPU."""
+    from jobs.training.cache import build
+    from jobs.training.loop import fine_tune
+
+    group, settings, seed = devices.processes(), run.recipe.train, run.seed("neon", run.round)
+    pipe, _ = _start(run)
+    with group.main_process_first():
+        data = build(pipe, unselected(run, count), run.store / "cache", settings.size, settings.buckets)
+    _make_room(pipe)
+    kept = progress.with_name(f"{progress.stem}-second{progress.suffix}")
+    fine_tune(pipe, data, settings, seed, kept, f"train {run.arm} round {run.round}, second model")
+    if group.is_main_process:
+        _clear(kept)
+    return [p.detach().cpu() for p in _turned(pipe)]
+
+
+def unselected(run: Run, count: int) -> Iterator[Example]:
+    """``count`` of the round's candidates (all, if there are fewer), drawn at random, of weight 1."""
+    from jobs.training.cache import Example
+
+    paths = parts_of(latest(run.store))
+    for stored in rows_at(run.store, paths, trainset.at_random(run, paths, count), ["sample_id", "prompt", "image"]):
+        for row in stored.to_pylist():
+            yield Example(row["sample_id"], row["prompt"], 1.0, row["image"]["bytes"])
 
 
 def _save(pipe: Any, folder: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate import resample
-from jobs import images
+from jobs import images, samples
 from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.shards import SCORE
@@ -61,6 +61,14 @@ def rows_of(run: Run, paths: Sequence[str]) -> list[pa.Table]:
     some = d0[np.random.default_rng(run.seed("reference", run.round)).permutation(len(d0))[:extra]]
     rest = _placed(run, paths, some, np.ones(len(some)), scorers)
     return [chosen.drop_columns(unused), rest.drop_columns(unused)]
+
+
+def at_random(run: Run, paths: Sequence[str], count: int) -> pa.Table:
+    """``count`` of the round's candidates (all, if there are fewer), whatever they are worth, where they stand in the
+    parts ``paths``; each of weight 1."""
+    numbers = ids(samples.of(run, "train"))
+    some = np.random.default_rng(run.seed("unselected", run.round)).permutation(numbers)[:count]
+    return _placed(run, paths, some, np.ones(len(some)), [])
 
 
 def _placed(run: Run, paths: Sequence[str], numbers: np.ndarray, weights: np.ndarray, scorers: list[str]) -> pa.Table:

@@ -23,7 +23,7 @@ from jobs.prompts import prompts
 from jobs.run import Run
 from jobs.score import score
 from jobs.select import decide, picked, select
-from jobs.train import train, trained_model
+from jobs.train import Train, train, trained_model, unselected
 from jobs.weigh import weigh
 from schemas.errors import WinnowError
 from storage.layout import create
@@ -89,6 +89,33 @@ def test_neon_goes_the_other_way(run: Run, stable_diffusion: Path) -> None:
     for name, begun in start.items():
         torch.testing.assert_close(away[name], begun - 0.5 * (trained[name] - begun), atol=1e-6, rtol=1e-5)
     assert max((trained[name] - start[name]).abs().max() for name in start) > 1e-4
+
+
+def test_neon_on_candidates_adds_the_way_back_from_a_second_model(run: Run, stable_diffusion: Path) -> None:
+    start, trained = load_file(stable_diffusion / UNET), weights_of(run)
+    once, twice = (weights_of(changed(run, neon=w, neon_on="candidates")) for w in (0.5, 1.0))
+    # The second model is start − (once − trained) / 0.5, whatever w is, and no copy of the first.
+    for name in start:
+        torch.testing.assert_close(twice[name] - trained[name], 2 * (once[name] - trained[name]), atol=1e-6, rtol=1e-4)
+    moved = max((once[name] - trained[name]).abs().max() for name in start)
+    apart = max((once[name] - trained[name] + 0.5 * (trained[name] - start[name])).abs().max() for name in start)
+    assert moved > 1e-4 and apart > 1e-4
+
+
+def test_the_second_model_learns_from_candidates_alike(run: Run) -> None:
+    drawn = list(unselected(run, 5))
+    rows = {row["sample_id"]: row for row in query(run.store, "SELECT sample_id, prompt, image FROM samples")}
+    candidates = query(run.store, "SELECT sample_id FROM samples WHERE round = 1 AND split = 'train'")
+    assert len({one.sample_id for one in drawn}) == 5
+    assert {one.sample_id for one in unselected(run, 10**6)} == {row["sample_id"] for row in candidates}
+    for one in drawn:
+        assert (one.text, one.file) == (rows[one.sample_id]["prompt"], rows[one.sample_id]["image"]["bytes"])
+        assert one.weight == 1
+
+
+def test_two_trainings_do_not_fit_into_one_lora() -> None:
+    with pytest.raises(WinnowError, match="neon_on 'candidates'.*'full'"):
+        Train(method="lora", neon=1.0, neon_on="candidates")
 
 
 def test_neon_turns_a_lora_round(run: Run) -> None:
