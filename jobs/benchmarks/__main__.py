@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jobs.benchmarks import page
 from jobs.devices import device
+from jobs.machine import machine
 from jobs.progress import say
-from jobs.study import machine
 from schemas.errors import WinnowError
 
 

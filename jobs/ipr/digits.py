@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ from schemas.errors import WinnowError
 #: Shares of the shuffled handwriting.
 SLICES = {"model": (0.0, 0.5), "classifier": (0.5, 0.8), "test": (0.8, 1.0)}
 SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # pixels by which the classifier sees each digit moved
+AT_ONCE = 4096  # images
 MOST = 2000  # digits of each kind that the classifier learns from: its cost grows with their square
 
 
@@ -64,15 +67,22 @@ class Reader:
     def __call__(self, ink: np.ndarray) -> np.ndarray:
         """Images uint8 [..., size, size] → digits int64 [...]."""
         flat = ink.reshape(-1, *ink.shape[-2:])
-        found = self.model.predict(_features(flat)) if len(flat) else np.zeros(0, np.int64)
-        return found.reshape(ink.shape[:-2])
+        parts = (_features(flat[i : i + AT_ONCE]) for i in range(0, len(flat), AT_ONCE))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # libsvm computes on one core, and without Python's lock
+            found = list(pool.map(self.model.predict, parts))
+        return np.concatenate([np.zeros(0, np.int64), *found]).reshape(ink.shape[:-2])
 
     def distance(self, ink: np.ndarray) -> np.ndarray:
         """How far images uint8 [..., size, size] lie from the nearest digit that it learned from: Euclidean, of pixels
         in [0, 1], [...]."""
-        flat = _features(ink.reshape(-1, *ink.shape[-2:]))
-        squared = (flat**2).sum(1)[:, None] + (self.seen**2).sum(1) - 2 * flat @ self.seen.T
-        return np.sqrt(np.maximum(squared.min(1), 0)).reshape(ink.shape[:-2])
+        flat = ink.reshape(-1, *ink.shape[-2:])
+        parts = [_squared(_features(flat[i : i + AT_ONCE]), self.seen).min(1) for i in range(0, len(flat), AT_ONCE)]
+        return np.sqrt(np.concatenate([np.zeros(0), *parts])).reshape(ink.shape[:-2])
+
+
+def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Squared distances [N, M] between rows of x [N, D] and y [M, D]."""
+    return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T, 0)
 
 
 def _features(ink: np.ndarray) -> np.ndarray:

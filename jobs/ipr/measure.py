@@ -25,8 +25,8 @@ from jobs.ipr.model import RegionTransformer
 from jobs.ipr.refine import LOOKING, Choice, refine
 from jobs.ipr.sampler import Pass, Sampler
 from jobs.ipr.train import Task, load
+from jobs.machine import machine
 from jobs.progress import bar
-from jobs.study import machine
 from schemas import ids
 from schemas.errors import WinnowError
 

@@ -25,7 +25,7 @@ DRAWN = {
 RIVALS = (
     "parallel", "sequential", "whole image", "restart", "fixed regions", "least certain regions", "regions in conflict"
 )  # fmt: skip
-ZOOM = 4  # of the picture
+ZOOM, WIDE = 4, 64  # of the picture; half of it for images of more pixels
 HEAD = """# Iterative partial refinement
 
 Made by `make benchmark-ipr`. Valid: share of the samples that obey the benchmark's rule, ± its standard error, with its
@@ -48,14 +48,6 @@ ones. Unlike: share of the cells that lie further from every digit of the classi
 ABSENT = """## {name}: not measured
 
 No model of it ships: `make benchmark-ipr ARGS="{name} --train"` trains one and measures it.
-"""
-GPU = """
-## sudoku9: not measured
-
-9 × 9 boards are for a GPU: `make benchmark-ipr ARGS="sudoku9 --train --data mnist_train.npz"` runs the recipe, a
-transformer of {parameters:.1f} million parameters (width {width}, {layers} layers), {steps:,} steps of {batch:,}
-boards. Arithmetic: {flops:.1f} · 10¹⁷ operations (6 a parameter and token), {minutes:.0f} minutes at 200 sustained
-TFLOP/s.
 """
 
 
@@ -83,7 +75,8 @@ def sheet(before: np.ndarray, after: np.ndarray, grid: Grid) -> Image.Image:
                 side = np.insert(side, grid.patch * np.arange(1, count), 128, axis)
         side = np.pad(side, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=128)
         rows.append(np.concatenate(list(side), 1))
-    whole = np.concatenate(rows).repeat(ZOOM, 0).repeat(ZOOM, 1)
+    zoom = ZOOM if grid.shape[1] <= WIDE else ZOOM // 2
+    whole = np.concatenate(rows).repeat(zoom, 0).repeat(zoom, 1)
     return Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
 
 
@@ -173,8 +166,7 @@ def page(found: dict[str, Any], out: Path) -> str:
             f"## {name}", "", f"![valid share against evaluations](ipr-{name}.svg)", "",
             *findings(one), *choices(one),
             f"- Model: {model['parameters']:,} parameters, {how['steps']:,} steps of {how['batch']} images, "
-            f"{_minutes(how, model)} on {model['threads']} thread{'s' * (model['threads'] > 1)}, "
-            f"learned from {one['handwriting']}.",
+            f"{_minutes(how, model)}, learned from {one['handwriting']}.",
             f"- Checker on what nobody has seen: {checker or 'exact'}. "
             f"Ceiling: {_share(one['ceiling'])} % of {one['ceiling']['n']} real images.",
             "- Retention: " + "; ".join(
@@ -199,25 +191,15 @@ def page(found: dict[str, Any], out: Path) -> str:
             lines += ["", "Samples that were wrong first (above), and the same after IPR (below):", ""]
             lines += [f"![samples before and after](ipr-{name}.png)"]
         lines.append("")
-    lines += [ABSENT.format(name=name) for name in BENCHMARKS if name not in found and name != "sudoku9"]
-    if "sudoku9" not in found:
-        lines.append(_arithmetic())
+    lines += [ABSENT.format(name=name) for name in BENCHMARKS if name not in found]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _minutes(how: dict[str, Any], model: dict[str, Any]) -> str:
-    """The time of a training, or what the part since it went on makes of the whole."""
+    """The time of a training, or what the part since it went on makes of the whole, and what it took that time of."""
     timed = how["steps"] - model["timed_from_step"]
-    minutes = model["cpu_seconds"] / 60 * how["steps"] / max(1, timed)
-    return f"{minutes:.1f} CPU-minutes" + (f" (by the last {timed:,} steps)" if model["timed_from_step"] else "")
-
-
-def _arithmetic() -> str:
-    how = BENCHMARKS["sudoku9"]
-    shape, steps, batch = how.shape, how.training.steps, how.training.batch
-    parameters = 12 * shape.layers * shape.width**2
-    flops = 6 * parameters * 81 * steps * batch
-    return GPU.format(
-        parameters=parameters / 1e6, width=shape.width, layers=shape.layers, steps=steps, batch=batch,
-        flops=flops / 1e17, minutes=flops / 200e12 / 60,
-    ).strip()  # fmt: skip
+    on_gpu = model["device"] == "cuda"
+    minutes = model["seconds" if on_gpu else "cpu_seconds"] / 60 * how["steps"] / max(1, timed)
+    threads = "a GPU" if on_gpu else f"{model['threads']} thread{'s' * (model['threads'] > 1)}"
+    part = f" (by the last {timed:,} steps)" if model["timed_from_step"] else ""
+    return f"{minutes:.1f} {'' if on_gpu else 'CPU-'}minutes{part} on {threads}"

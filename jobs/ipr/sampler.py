@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jobs.devices import dtype
 from jobs.ipr.model import Prediction, RegionTransformer
 from schemas.errors import WinnowError
 
@@ -52,24 +53,26 @@ class Sampler:
 
     def __init__(self, model: RegionTransformer, seeds: Sequence[int], alpha: float = ALPHA) -> None:
         self.model, self.alpha = model, alpha
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.device = next(model.parameters()).device
+        self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         self.evaluations = 0
 
     def noise(self) -> Tensor:
         """Standard normal [N, R, D]."""
         shape = (self.model.grid.regions, self.model.grid.width)
-        return torch.stack([torch.randn(shape, generator=one) for one in self.generators]).to(self.device)
+        return torch.stack([torch.randn(shape, generator=one, device=self.device) for one in self.generators])
 
     def uniform(self) -> Tensor:
         """Uniform in [0, 1), [N, R]."""
         regions = self.model.grid.regions
-        return torch.stack([torch.rand(regions, generator=one) for one in self.generators]).to(self.device)
+        return torch.stack([torch.rand(regions, generator=one, device=self.device) for one in self.generators])
 
     @torch.no_grad()
     def ask(self, z: Tensor, t: Tensor) -> Prediction:
         self.evaluations += 1
-        return self.model(z, t)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype() == torch.bfloat16):
+            found = self.model(z, t)
+        return Prediction(*(part if part is None else part.float() for part in found))
 
     def draw(self, x: Tensor, chosen: Tensor, how: Pass) -> Tensor:
         """Set the ``chosen`` regions (bool [N, R], as many in each sample) of x [N, R, D] to noise of ``how.level`` and

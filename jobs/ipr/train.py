@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from jobs.devices import device
+from jobs.devices import device, dtype
 from jobs.ipr import times
 from jobs.ipr.grid import Grid
 from jobs.ipr.model import Prediction, RegionTransformer, Shape
@@ -38,6 +39,7 @@ from schemas.errors import WinnowError
 NLL = 0.01
 FLOOR = 0.1  # of t in the weight
 BETAS = (0.9, 0.99)
+DRAWERS = 8  # processes at most
 
 
 class Task(Protocol):
@@ -120,10 +122,15 @@ def train(
     wall, cpu = time.perf_counter(), time.process_time()
     with bar(f"train {task.name}", how.steps) as advance:
         advance(begun)
-        for step in range(begun, how.steps):
+        for step, drawn in enumerate(_loader(_Batches(task, how, seed), begun), begun):
             for group in optimiser.param_groups:
                 group["lr"] = how.lr * rate(step, how)
-            value = loss(*_batch(model, task, how, seed, step), kind=how.kind)
+            x, t, w, *told = (tensor.to(device(), non_blocking=True) for tensor in drawn)
+            e = _noise(x, seed, step) if device() == "cuda" else told.pop(0)
+            with torch.autocast(device(), torch.bfloat16, enabled=dtype() == torch.bfloat16):
+                found = model(torch.lerp(x, e, t[..., None]), t)
+            found = Prediction(*(part if part is None else part.float() for part in found))
+            value = loss(found, x, t, w, told[0] if told else None, how.kind)
             optimiser.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(parameters, how.clip)
@@ -147,18 +154,37 @@ def train(
     return model.eval()
 
 
-def _batch(
-    model: RegionTransformer, task: Task, how: Training, seed: int, step: int
-) -> tuple[Prediction, Tensor, Tensor, Tensor, Tensor | None]:
-    """The model's prediction for the step's batch, and what ``loss`` compares it with."""
-    rng = np.random.default_rng([seed, step])
-    images, classes = task.draw(how.batch, rng)
-    regions = task.grid.cut(images)
-    levels, weights = times.draw(len(regions), task.grid.regions, rng)
-    noise = rng.standard_normal(regions.shape, np.float32)
-    x, t, w, e = (torch.from_numpy(array).to(device()) for array in (regions, levels, weights, noise))
-    told = None if classes is None else torch.from_numpy(classes).to(device())
-    return model(torch.lerp(x, e, t[..., None]), t), x, t, w, told
+class _Batches(Dataset[list[Tensor]]):
+    """The batch of each step, by its number: regions x [B, R, D], levels t and weights [B, R], noise ε like x (not for
+    a GPU, which draws it faster), and each region's class [B, R] where the task has any."""
+
+    def __init__(self, task: Task, how: Training, seed: int) -> None:
+        self.task, self.how, self.seed = task, how, seed
+
+    def __getitem__(self, step: int) -> list[Tensor]:
+        rng = np.random.default_rng([self.seed, step])
+        images, classes = self.task.draw(self.how.batch, rng)
+        regions = self.task.grid.cut(images)
+        levels, weights = times.draw(len(regions), self.task.grid.regions, rng)
+        noise = [] if device() == "cuda" else [rng.standard_normal(regions.shape, np.float32)]
+        drawn = [regions, levels, weights, *noise, *([] if classes is None else [classes])]
+        return [torch.from_numpy(array) for array in drawn]
+
+
+def _noise(x: Tensor, seed: int, step: int) -> Tensor:
+    """Standard normal like x, drawn where x is."""
+    start = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1
+    return torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(int(start)), device=x.device)
+
+
+def _loader(batches: _Batches, begun: int) -> DataLoader[list[Tensor]]:
+    """The batches from a step on. Drawing one takes longer than a GPU takes for its step, so there processes of their
+    own draw ahead."""
+    ahead = min(DRAWERS, os.cpu_count() or 1) if device() == "cuda" else 0
+    return DataLoader(
+        batches, batch_size=None, sampler=range(begun, batches.how.steps), num_workers=ahead,
+        pin_memory=ahead > 0, prefetch_factor=4 if ahead else None,
+    )  # fmt: skip
 
 
 def _same_run(file: Path, settings: dict[str, Any]) -> None:
