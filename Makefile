@@ -11,11 +11,12 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
+STUDIES := $(addprefix study-, ablation size weights accumulation reference)
 .PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
-  verify base study bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
+  verify base study $(STUDIES) bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +93,16 @@ base: $(READY) ## build the models of the embedded default (DATA=mnist_train.npz
 	$(WINNOW) base --data "$(DATA)" $(ARGS)
 study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
 	$(WINNOW) study $(ARGS)
+study-ablation: $(READY) ## what each part of the round does (three seeds, three rounds, smaller; so the next four)
+	$(WINNOW) study ablation $(ARGS)
+study-size: $(READY) ## how many samples a round should select
+	$(WINNOW) study size $(ARGS)
+study-weights: $(READY) ## how far from D_0 a sample may be, and how fast its weight falls beyond
+	$(WINNOW) study weights $(ARGS)
+study-accumulation: $(READY) ## train on the selections of all rounds, or on the last one alone
+	$(WINNOW) study accumulation $(ARGS)
+study-reference: $(READY) ## a share of D_0 beside the selection
+	$(WINNOW) study reference $(ARGS)
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
 	$(VENV)/bin/python -m bench $(ARGS)

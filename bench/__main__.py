@@ -7,13 +7,14 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bench import distance, export, generation, scale, training
-from jobs.study import machine
+from bench import distance, export, generation, large, scale, training
+from jobs.machine import machine
 
 SUITES = {
     "distance": distance.run, "scale": scale.run, "generation": generation.run, "export": export.run,
-    "training": training.run,
+    "training": training.run, "large": large.run,
 }  # fmt: skip
 
 
@@ -31,6 +32,11 @@ def main(names: list[str], out: Path) -> None:
             print(f"{row['name']}: {row['ratio']:.3f} ({row['what']})", flush=True)
     out.mkdir(exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
+    (out / "bench.md").write_text(page(found))
+
+
+def page(found: dict[str, Any]) -> str:
+    """All suites as Markdown."""
     lines = ["# Benchmarks", "", "Made by `make bench`: medians over turns, ours and theirs in one run.", ""]
     lines += ["| | what | | ours | theirs | ours / theirs | from – to |", "|---|---|---|---|---|---|---|"]
     for suite in found.values():
@@ -40,7 +46,7 @@ def main(names: list[str], out: Path) -> None:
                 f"{r['ratio']:.3f} | {r['low']:.3f} – {r['high']:.3f} |"
             )
     lines += ["", *(f"`{name}` on {suite['machine']}." for name, suite in found.items())]
-    (out / "bench.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

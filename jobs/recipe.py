@@ -115,7 +115,7 @@ class Recipe(Settings):
         """The recipe with that arm's changes applied; its ``arms`` stays, so that the file is told apart."""
         if arm not in self.arms:
             raise WinnowError(f"arm {arm!r}: not in recipe {self.name!r}; it has {', '.join(self.arms)}")
-        return _parse(_merge(self.model_dump(), self.arms[arm]), f"recipe {self.name}, arm {arm}")
+        return _parse(merge(self.model_dump(), self.arms[arm]), f"recipe {self.name}, arm {arm}")
 
 
 def names() -> list[str]:
@@ -151,7 +151,7 @@ def override(recipe: Recipe, settings: list[tuple[list[str], Any]]) -> Recipe:
         inner: Any = value
         for key in reversed(keys):
             inner = {key: inner}
-        values = _merge(values, inner)
+        values = merge(values, inner)
     return _parse(values, f"recipe {recipe.name}") if settings else recipe
 
 
@@ -164,10 +164,10 @@ def _parse(values: dict[str, Any], where: str) -> Recipe:
         raise WinnowError(f"{where}: {error}") from error
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` laid on ``base``, table by table."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged

@@ -1,12 +1,14 @@
-"""``make study``: does the demo's effect hold over seeds and more rounds? Figures and plots into results/."""
+"""``make study`` and its sisters: does the demo's effect hold over seeds and more rounds, and what does each part of
+the round do? Figures and plots into results/."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-import os
-import platform
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,26 @@ import numpy as np
 
 from jobs import recipe as recipes
 from jobs.demo import play_arms
+from jobs.machine import machine
 from jobs.metrics import name_of
 from jobs.plots import Line, curve
 from jobs.progress import say
+from jobs.recipe import Recipe
+from jobs.round import loop, prepare
+from jobs.run import Run
+from jobs.studies import Study, named
 from jobs.summary import real_figures
+from schemas import ids
+from storage.layout import create
 from storage.query import arrow
 
 METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
+APART = {"name", "arms", "threads", "rounds", "guard", "tournament", "publish"}  # change no figure of a round
+
+Settings = list[tuple[list[str], Any]]
 
 
-def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[list[str], Any]]) -> Path:
+def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -> Path:
     """Play every arm ``rounds`` rounds for each seed, and write ``out``/study.json, study.md and a plot a metric.
 
     The guard judges but does not end a loop before its last round, so that what comes after the best round is
@@ -49,11 +61,6 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: list[tuple[
     return out / "study.md"
 
 
-def machine() -> str:
-    """What the figures were measured on, in words."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-
-
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard error over the seeds of every metric, by arm and round."""
     groups: dict[tuple[str, int, str], list[float]] = {}
@@ -66,10 +73,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def picture(table: list[dict[str, Any]], metric: str) -> bytes:
+def picture(table: list[dict[str, Any]], metric: str, arms: Sequence[str] = ()) -> bytes:
     """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds."""
     lines = []
-    for arm in sorted({row["arm"] for row in table}):
+    for arm in arms or sorted({row["arm"] for row in table}):
         rows = [row for row in table if row["arm"] == arm and row["metric"] == metric]
         values, halves = [row["mean"] for row in rows], [row["se"] or 0.0 for row in rows]
         lines.append(Line(arm, [row["round"] for row in rows], values, halves))
@@ -112,3 +119,124 @@ def _cell(row: dict[str, Any] | None, seeds: int) -> str:
     spread = "" if row["se"] is None else f" ± {row['se']:.{digits}f}"
     some = "" if len(row["values"]) == seeds else f" ({len(row['values'])} of {seeds} seeds)"
     return f"{row['mean']:.{digits}f}{spread}{some}"
+
+
+def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Settings, workers: int) -> list[Path]:
+    """Play what the named studies ask for and ``out``/studies.json lacks, ``workers`` arms at a time, one thread each.
+
+    What two studies ask for is played once, and every arm that ends is noted at once: a study that was stopped goes on.
+    Returns the pages, ``out``/study-NAME.md.
+    """
+    studies = {name: named(name) for name in names}
+    file = out / "studies.json"
+    runs = json.loads(file.read_text()) if file.exists() else {}
+    out.mkdir(parents=True, exist_ok=True)
+    wanted: dict[tuple[int, str], Recipe] = {}
+    for seed in range(seeds):
+        for study in studies.values():
+            for arm in study.arms:
+                recipe = arm_of(study, arm, seed, settings)
+                key = key_of(recipe)
+                if len({row["round"] for row in runs.get(key, {}).get("rows", ())}) <= study.rounds:
+                    wanted.setdefault((seed, key), recipe)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        firsts: dict[int, Future[None]] = {}
+        for (seed, key), recipe in wanted.items():
+            if seed not in firsts:
+                firsts[seed] = pool.submit(_prepare, store / f"seed-{seed}", key, recipe)
+        for first in as_completed(firsts.values()):
+            first.result()
+        played = {
+            pool.submit(_loop, store / f"seed-{seed}", key, recipe): (seed, key)
+            for (seed, key), recipe in wanted.items()
+        }
+        for one in as_completed(played):
+            seed, key = played[one]
+            runs[key] = {"seed": seed, "machine": machine(), "rows": one.result()}
+            draft = file.with_suffix(".draft")
+            draft.write_text(json.dumps(runs, indent=1) + "\n")
+            draft.replace(file)
+            say(f"study: {len(runs)} arms are there, {key} of seed {seed} is the last one")
+    return [_write(name, study, runs, seeds, out, settings) for name, study in studies.items()]
+
+
+def arm_of(study: Study, arm: str, seed: int, settings: Settings = ()) -> Recipe:  # type: ignore[assignment]
+    """The recipe of a study's arm: the embedded default as the study and then the arm change it, without a guard, so
+    that every round is played."""
+    common = Recipe.model_validate(recipes.merge(recipes.load("embedded").model_dump(), study.common))
+    values = recipes.merge(recipes.override(common, list(settings)).model_dump(), study.arms[arm])
+    fixed = {"seed": seed, "rounds": study.rounds, "threads": 1, "guard": {"enabled": False}, "arms": {"curated": {}}}
+    return Recipe.model_validate({**values, **fixed})
+
+
+def key_of(recipe: Recipe) -> str:
+    """What an arm is known by: equal keys, equal figures, also after the recipes have got another setting."""
+    return ids.digest(recipe.model_dump(mode="json", exclude=APART, exclude_defaults=True), 12)
+
+
+def _run(home: Path, key: str, recipe: Recipe) -> Run:
+    import torch
+
+    torch.set_num_threads(1)
+    return Run(create(home), recipe, 1, key)
+
+
+def _prepare(home: Path, key: str, recipe: Recipe) -> None:
+    prepare(_run(home, key, recipe))
+
+
+def _loop(home: Path, key: str, recipe: Recipe) -> list[dict[str, Any]]:
+    """Play an arm; returns its evaluations."""
+    run = _run(home, key, recipe)
+    loop(run)
+    return run.query(
+        "SELECT round, metric, value FROM evaluations WHERE arm = $arm ORDER BY ALL", arm=key
+    ).to_pylist()
+
+
+def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path, settings: Settings) -> Path:
+    """The study's page and its plots, of the runs that are there."""
+    rows, machines, lacking = [], set(), 0
+    for seed in range(seeds):
+        for arm in study.arms:
+            found = runs.get(key_of(arm_of(study, arm, seed, settings)))
+            if found is None:
+                lacking += 1
+                continue
+            machines.add(found["machine"])
+            last = study.rounds
+            rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= last]
+    table = summarise(rows)
+    by = {(row["arm"], row["seed"], row["round"], row["metric"]): row["value"] for row in rows}
+    cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
+    first, *others = study.arms
+    lines = [
+        f"# Study: {study.question[0].lower()}{study.question[1:]}", "",
+        f"Made by `make study-{name}`: {seeds} seeds, {study.rounds} rounds of the embedded default, made smaller, on "
+        f"{'; '.join(sorted(machines))}. Mean over the seeds ± standard error.", "",
+        f"The paper: {study.paper}", "",
+        *([f"{lacking} of {seeds * len(study.arms)} runs are not played yet.", ""] if lacking else []),
+        " ".join(f"![{name_of(metric)}](study-{name}-{metric}.svg)" for metric in METRICS), "",
+        "| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS),
+    ]  # fmt: skip
+    base = [_cell(cells.get((first, 0, metric)), seeds) for metric in METRICS]
+    lines.append(f"| the base | 0 | {' | '.join(base)} |")
+    for arm in study.arms:
+        for number in range(1, study.rounds + 1):
+            figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
+            lines.append(f"| {arm} | {number} | {' | '.join(figures)} |")
+    lines += ["", f"After round {study.rounds}, less what \"{first}\" has with the same seed:", ""]
+    lines += ["| arm | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    for arm in others:
+        figures = []
+        for metric in METRICS:
+            end = [(by.get((one, seed, study.rounds, metric)) for one in (arm, first)) for seed in range(seeds)]
+            pairs = [(a, b) for a, b in end if a is not None and b is not None]
+            apart = [{"arm": arm, "round": 0, "metric": metric, "value": a - b} for a, b in pairs]
+            figures.append(_cell(summarise(apart)[0], seeds) if apart else "")
+        lines.append(f"| {arm} | {' | '.join(figures)} |")
+    for metric in METRICS:
+        (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, list(study.arms)))
+    page = out / f"study-{name}.md"
+    page.write_text("\n".join(lines) + "\n")
+    return page

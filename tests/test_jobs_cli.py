@@ -221,6 +221,40 @@ def test_study_writes_its_figures(tmp_path: Path, winnow: Winnow) -> None:
         assert (tmp_path / "out" / picture.partition(")")[0]).read_text().startswith("<svg")
 
 
+def test_studies_share_their_runs_and_play_only_what_is_lacking(
+    tmp_path: Path, winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import studies
+    from jobs.study import arm_of, key_of
+
+    replace, small = {"export": {"accumulate": False}}, {"select": {"keep": 1}}
+    one = studies.Study("Which is it?", "Nothing.", {"both": {}, "last": replace}, 1, small)
+    other = studies.Study("And this?", "Nothing.", {"it": {}, "all": {"select": {"keep": 2}}}, 1, small)
+    monkeypatch.setattr(studies, "STUDIES", {"one": one, "other": other})
+    where = ("--store", tmp_path / "study", "--out", tmp_path / "out", "--seeds", 1, "--workers", 2)
+    tiny = {"generate.images_per_prompt": 2, "train.lr_warmup": 1, "reference.images_per_prompt": 2}
+    said = winnow("study", "one", "other", *where, *settings(tiny))
+    assert said.status == 0, said.err
+    runs = json.loads((tmp_path / "out" / "studies.json").read_text())
+    assert len(runs) == 3  # "both" is "it"
+    page = (tmp_path / "out" / "study-one.md").read_text()
+    assert "| both | 1 |" in page and "| last | 1 |" in page and "not played" not in page
+    ends = {key: {row["metric"]: row["value"] for row in run["rows"] if row["round"] == 1} for key, run in runs.items()}
+    sets = [(key.split("."), value) for key, value in (TINY | tiny).items()]
+    both, last = (ends[key_of(arm_of(one, arm, 0, sets))]["diversity"] for arm in one.arms)
+    [line] = [line for line in page.splitlines() if line.startswith("| last | ") and line.count("|") == 6]
+    assert float(line.split("|")[-2]) == pytest.approx(last - both, abs=0.1)
+    # Nothing is played again.
+    (tmp_path / "study").rename(tmp_path / "gone")
+    assert winnow("study", "other", *where, *settings(tiny)).status == 0 and not (tmp_path / "study").exists()
+
+
+def test_an_unknown_study_is_refused_before_any_work(tmp_path: Path, winnow: Winnow) -> None:
+    said = winnow("study", "effect", "colour", "--store", tmp_path / "study")
+    assert said.status == 2 and "study 'colour': unknown; there are effect, ablation, " in said.err
+    assert not (tmp_path / "study").exists()
+
+
 def settings(changes: dict[str, Any]) -> list[str]:
     return [word for key, value in (TINY | changes).items() for word in ("--set", f"{key}={json.dumps(value)}")]
 

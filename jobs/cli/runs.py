@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,16 +59,30 @@ def demo(
 
 @app.command()
 def study(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="effect, ablation, size, weights, accumulation or reference; several.")
+    ] = None,
     store: StorePath = Path("runs/study"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds, of the effect.")] = 8,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("results"),
+    workers: Annotated[int | None, typer.Option(min=1, help="Arms at a time; by default one a core.")] = None,
     set: Set = None,
 ) -> None:
-    """Confirm the demo's effect over several seeds and more rounds, into results/."""
+    """Confirm the demo's effect over several seeds and more rounds, or compare what each part does, into results/."""
+    from jobs.studies import named
+    from jobs.study import compare
     from jobs.study import study as run_study
 
-    print(run_study(store, seeds, rounds, out, [setting(text) for text in set or []]))
+    asked, sets = names or ["effect"], [setting(text) for text in set or []]
+    others = [name for name in asked if name != "effect"]
+    for name in others:
+        named(name)
+    if "effect" in asked:
+        print(run_study(store / "effect", seeds, rounds, out, sets))
+    if others:
+        for page in compare(others, store, seeds, out, sets, workers or os.cpu_count() or 1):
+            print(page)
 
 
 @app.command()

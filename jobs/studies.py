@@ -1,0 +1,77 @@
+"""What the studies ask: which arms are compared, over how many rounds, beside which figure of the RSIDiff paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from schemas.errors import WinnowError
+
+Changes = dict[str, Any]
+
+#: The embedded default with half its candidates and a third of its steps, so that many arms can be compared.
+SMALL: Changes = {
+    "generate": {"images_per_prompt": 16},
+    "select": {"keep": 2},
+    "train": {"steps": 250, "neon": None},
+    "evaluate": {"images_per_prompt": 20},
+}
+NO_PREFERENCE: Changes = {"select": {"policy": "random"}}
+NO_WEIGHTS: Changes = {"weigh": {"by": "nothing"}}
+FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 64}, "select": {"keep": 8}}
+
+
+@dataclass(frozen=True)
+class Study:
+    """``arms``: by name what each changes in the recipe, once ``common`` has; the first is what the others are compared
+    with. ``paper``: what RSIDiff (arXiv 2502.09963) found where it asked the same."""
+
+    question: str
+    paper: str
+    arms: dict[str, Changes]
+    rounds: int = 3
+    common: Changes = field(default_factory=lambda: SMALL)
+
+
+STUDIES = {
+    "ablation": Study(
+        "What does each part do?",
+        "Figure 7: the whole is best, removing any one part costs much, and without all three the model falls below "
+        "the base. Its poorer prompts are templates of one concept; here they are a quarter of the captions, four "
+        "times as often, since the embedded captions are made and there is nothing to filter.",
+        {
+            "all": {}, "few prompts": FEW_PROMPTS, "no preference": NO_PREFERENCE, "no weights": NO_WEIGHTS,
+            "none": {**FEW_PROMPTS, **NO_PREFERENCE, **NO_WEIGHTS},
+        },
+    ),
+    "size": Study(
+        "How many samples should a round select?",
+        "Figure 8, of 5,000: 300 beat 100; 1,000 and 2,000 lead at first, slow down after round 3 and may decline.",
+        {"2 of 16": {}, "1 of 16": {"select": {"keep": 1}}, "4 of 16": {"select": {"keep": 4}},
+         "8 of 16": {"select": {"keep": 8}}},
+    ),
+    "weights": Study(
+        "How far from D₀ may a sample be, and how fast does its weight fall beyond?",
+        "Figures 10 and 11: performance varies with β and σ²; β = 35 and σ² = 2 of its distance are best.",
+        {
+            "β at 90 %": {}, "β at 50 %": {"weigh": {"quantile": 0.5}}, "β at 98 %": {"weigh": {"quantile": 0.98}},
+            "σ² = 0.01": {"weigh": {"sigma2": 0.01}}, "σ² = 1": {"weigh": {"sigma2": 1.0}},
+        },
+    ),
+    "accumulation": Study(
+        "Train on the selections of all rounds, or on the last one alone?",
+        "Not asked: each of its rounds trains on its own selection.",
+        {"accumulate": {}, "replace": {"export": {"accumulate": False}}},
+    ),
+    "reference": Study(
+        "Does a share of D₀ beside the selection help?",
+        "Not asked: its rounds train on the selection alone.",
+        {"0": {}, **{f"{share:g}": {"export": {"reference_share": share}} for share in (0.25, 0.5, 1.0)}},
+    ),
+}  # fmt: skip
+
+
+def named(name: str) -> Study:
+    if name not in STUDIES:
+        raise WinnowError(f"study {name!r}: unknown; there are {', '.join(['effect', *STUDIES])}")
+    return STUDIES[name]
