@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs import devices, hub, models
 from jobs.encoders import encoder
-from jobs.evaluate import real_path
+from jobs.evaluate import real_path, spaces
 from jobs.language.texts import text_encoder
 from jobs.plan import plan
 from jobs.recipe import Recipe
@@ -124,8 +124,8 @@ def _names(recipe: Recipe) -> Iterator[Finding]:
     scorers = [*recipe.score.scorers, *recipe.evaluate.scorers, recipe.evaluate.judge]
     scorers += [recipe.refine.scorer] if recipe.refine.where is not None else []
     asked += [("scorer", name, lambda name: scorer(name).revision) for name in scorers if name]
-    spaces = [*recipe.embed.encoders, recipe.evaluate.space]
-    asked += [("encoder", name, lambda name: encoder(name).revision) for name in spaces if name]
+    measured = spaces(recipe.evaluate)
+    asked += [("encoder", name, lambda name: encoder(name).revision) for name in (*recipe.embed.encoders, *measured)]
     if recipe.prompts.encoder:
         asked.append(("text encoder", recipe.prompts.encoder, lambda name: text_encoder(name).revision))
     done: set[tuple[str, str]] = set()

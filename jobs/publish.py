@@ -18,7 +18,7 @@ from jobs.upload import Item, item, summed, to_folder, to_hub
 from schemas.errors import WinnowError
 from storage.commit import Part
 from storage.layout import MARKER
-from storage.snapshot import numbers
+from storage.snapshot import numbers, told
 
 WHAT = ("selection", "store", "model")
 Setting = tuple[list[str], Any]  # the path of keys, and the value
@@ -106,9 +106,13 @@ def _files(story: cards.Story, what: str) -> list[Item]:
         data = config.items
         card, shown = cards.dataset(story, what, [config])
     recipe = yaml.safe_dump(story.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    home = str(Path.home())  # where somebody lives is nobody's business
-    texts = {"README.md": card.replace(home, "~"), "recipe.yaml": recipe.replace(home, "~")}
-    return [*(item(path, text.encode()) for path, text in texts.items()), *shown, *data]
+    texts = {"README.md": card, "recipe.yaml": recipe}
+    return [*(item(path, _anywhere(text).encode()) for path, text in texts.items()), *shown, *data]
+
+
+def _anywhere(text: str) -> str:
+    """The text with ~ for the home folder: where somebody lives is nobody's business."""
+    return text.replace(str(Path.home()), "~")
 
 
 def _selection(source: Source, arm: str, round: int) -> cards.Config:
@@ -149,8 +153,8 @@ def _store(source: Source) -> list[cards.Config]:
 def _frame(source: Source) -> list[Item]:
     """What makes the published tables a store again: its marker and its snapshots up to the one that is published."""
     known = [number for number in numbers(source.store) if number <= source.snapshot.number]
-    names = [MARKER, *(f"snapshots/{number:06d}.json" for number in known)]
-    return [item(name, source.store / name) for name in names]
+    snapshots = [item(f"snapshots/{number:06d}.json", told(source.store, number, _anywhere)) for number in known]
+    return [item(MARKER, source.store / MARKER), *snapshots]
 
 
 def _model(source: Source, arm: str, round: int) -> list[Item]:

@@ -33,7 +33,7 @@ def test_what_is_missing_is_named_with_its_cure(
     changes = {
         "model": "/no/such/model", "prompts.source": "none.txt", "evaluate.real": "none.parquet",
         "prompts.judge": "{kind: endpoint, url: 'http://127.0.0.1:9/v1', model: m, key_env: NO_SUCH_KEY}",
-        "score.scorers": "[scene-clip, 'nobody.wrote:this']",
+        "score.scorers": "[scene-clip, 'nobody.wrote:this']", "evaluate.also": "['nobody.wrote:that']",
     }  # fmt: skip
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     said = winnow("doctor", "--recipe", "embedded", "--store", tmp_path, "--prompts", 180, *words)
@@ -41,7 +41,7 @@ def test_what_is_missing_is_named_with_its_cure(
     assert said.status == 2
     wrong = {name for name, (verdict, _) in found.items() if verdict == "wrong"}
     assert wrong == {"model /no/such/model", "prompts.source", "evaluate.real", "prompts.judge",
-                     "scorer nobody.wrote:this"}  # fmt: skip
+                     "scorer nobody.wrote:this", "encoder nobody.wrote:that"}  # fmt: skip
     assert "give a diffusers pipeline folder" in found["model /no/such/model"][1]
     assert found["prompts.judge"][1] == "NO_SUCH_KEY is not set; export the key in it"
     assert "must be importable" in found["scorer nobody.wrote:this"][1]

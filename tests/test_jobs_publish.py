@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from jobs.publish import publish
 from jobs.summary import opened, summarise
 from jobs.upload import SUMS, Item, item, summed, to_hub
 from schemas.errors import WinnowError
+from storage import snapshot
+from storage.snapshot import Spent, numbers, seal
 from storage.verify import verify
 
 Winnow = Callable[..., Any]
@@ -154,6 +157,21 @@ def test_a_whole_store_is_a_store_again(world: World, tmp_path: Path, winnow: Wi
     assert problems and all(problem.startswith("shards/") for problem in problems)  # they are left out
     [row] = world.rows("SELECT min(sample_id) AS sample_id FROM samples WHERE round = 1 AND split = 'train'")
     assert winnow("replay", row["sample_id"], "--store", folder).status == 0
+
+
+def test_a_published_store_does_not_tell_where_its_owner_lives(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its snapshots hold the recipes of all stages, with the paths that were given."""
+    home = tmp_path / "home-of-anna"
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    shutil.copytree(world.store, store)
+    recipe = snapshot.load(store, numbers(store)[-1]).recipe
+    seal(store, "train", [], {**recipe, "model": str(home / "model")}, Spent("train", "curated", 1, 1.0))
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: home))
+    publish(store, TO, "store", sets=LICENSED, folder=copy)
+    assert not [path for path in copy.rglob("*.json") if "home-of-anna" in path.read_text()]
+    assert snapshot.load(copy, numbers(copy)[-1]).recipe["model"] == "~/model"
 
 
 def test_each_config_of_a_store_loads(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
