@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs import models
 from jobs import recipe as recipes
 from jobs.demo import play_arms
 from jobs.machine import machine
@@ -32,7 +33,7 @@ from storage.query import arrow
 METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
 APART = {"name", "arms", "threads", "rounds", "guard", "tournament", "publish"}  # change no figure of a round
 
-Settings = list[tuple[list[str], Any]]
+Settings = Sequence[tuple[list[str], Any]]
 
 
 def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -> Path:
@@ -146,10 +147,8 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
                 firsts[seed] = pool.submit(_prepare, store / f"seed-{seed}", key, recipe)
         for first in as_completed(firsts.values()):
             first.result()
-        played = {
-            pool.submit(_loop, store / f"seed-{seed}", key, recipe): (seed, key)
-            for (seed, key), recipe in wanted.items()
-        }
+        played = {pool.submit(_loop, store / f"seed-{seed}", key, recipe): (seed, key)
+                  for (seed, key), recipe in wanted.items()}  # fmt: skip
         for one in as_completed(played):
             seed, key = played[one]
             runs[key] = {"seed": seed, "machine": machine(), "rows": one.result()}
@@ -160,7 +159,7 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
     return [_write(name, study, runs, seeds, out, settings) for name, study in studies.items()]
 
 
-def arm_of(study: Study, arm: str, seed: int, settings: Settings = ()) -> Recipe:  # type: ignore[assignment]
+def arm_of(study: Study, arm: str, seed: int, settings: Settings = ()) -> Recipe:
     """The recipe of a study's arm: the embedded default as the study and then the arm change it, without a guard, so
     that every round is played."""
     common = Recipe.model_validate(recipes.merge(recipes.load("embedded").model_dump(), study.common))
@@ -171,7 +170,8 @@ def arm_of(study: Study, arm: str, seed: int, settings: Settings = ()) -> Recipe
 
 def key_of(recipe: Recipe) -> str:
     """What an arm is known by: equal keys, equal figures, also after the recipes have got another setting."""
-    return ids.digest(recipe.model_dump(mode="json", exclude=APART, exclude_defaults=True), 12)
+    told = recipe.model_dump(mode="json", exclude=APART, exclude_defaults=True)
+    return ids.digest([models.revision(recipe.model), told], 12)
 
 
 def _run(home: Path, key: str, recipe: Recipe) -> Run:
@@ -189,9 +189,8 @@ def _loop(home: Path, key: str, recipe: Recipe) -> list[dict[str, Any]]:
     """Play an arm; returns its evaluations."""
     run = _run(home, key, recipe)
     loop(run)
-    return run.query(
-        "SELECT round, metric, value FROM evaluations WHERE arm = $arm ORDER BY ALL", arm=key
-    ).to_pylist()
+    rows = run.query("SELECT round, metric, value FROM evaluations WHERE arm = $arm ORDER BY ALL", arm=key)
+    return rows.to_pylist()
 
 
 def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path, settings: Settings) -> Path:
