@@ -51,7 +51,7 @@ def test_similar_is_the_nearest_by_cosine(world: World, winnow: Callable[..., An
     assert [row["similarity"] for row in found] == pytest.approx(np.sort(likeness)[::-1][:4], abs=1e-6)
     assert numbers[5] not in [row["sample_id"] for row in found]
     assert {"prompt", "round", "arm"} <= set(found[0])
-    assert "similarity" in winnow("similar", numbers[5], "--store", world.store).out
+    assert "similarity" in winnow("similar", numbers[5], "--store", world.store, "--space", "scene-clip").out
 
 
 def test_search_ranks_by_the_text(world: World, winnow: Callable[..., Any]) -> None:
