@@ -45,11 +45,11 @@ class Neighbours(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference rows [M, D] made ready for many searches: their centre [D], their norms [M] where rows are compared at
-    length 1, and an index, if any, that was filled with them."""
+    """Reference rows [M, D] made ready for many searches: their centre [D] where they lie far from the origin, their
+    norms [M] where rows are compared at length 1, and an index, if any, that was filled with them."""
 
     rows: Floats
-    centre: Floats
+    centre: Floats | None
     length: Float64s | None
     filled: faiss.Index | None
 
@@ -60,6 +60,9 @@ def prepare(ref: Floats, unit: bool = False, index: str = "exact", seed: int = 0
         raise WinnowError(f"index is {index!r}: choose one of {', '.join(INDEXES)}")
     length = rows.lengths(ref) if unit else None
     centre = rows.mean(ref, length).astype(np.float32)
+    some = rows.exact(ref[:: -(-len(ref) // PROBES)])
+    if 2 * np.vdot(centre, centre) <= (1.0 if unit else np.mean(np.vecdot(some, some))):
+        centre = None  # next to nothing cancels, and a copy of all rows is saved
     return Reference(ref, centre, length, None if index == "exact" else _index(ref, index, centre, length, seed))
 
 
@@ -77,7 +80,8 @@ def search(x: Floats, ref: Reference, k: int) -> Neighbours:
         probes = rows.centred(x[some], ref.centre, None if own is None else own[some])
         find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows))
     indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
-    for tile in tiles(len(x), 4 * x.shape[1]):
+    as_they_are = ref.centre is None and own is None and x.dtype == np.float32
+    for tile in tiles(len(x), 12 * k if as_they_are else 4 * x.shape[1]):
         mine = None if own is None else own[tile]
         query = rows.centred(x[tile], ref.centre, mine)
         found = find(query)
@@ -87,7 +91,7 @@ def search(x: Floats, ref: Reference, k: int) -> Neighbours:
     return Neighbours(indices, squared, recall)
 
 
-def _index(ref: Floats, kind: str, centre: Floats, length: Float64s | None, seed: int) -> faiss.Index:
+def _index(ref: Floats, kind: str, centre: Floats | None, length: Float64s | None, seed: int) -> faiss.Index:
     """A filled index over the reference [M, D]."""
     count, dim = ref.shape
     if kind == "hnsw":
@@ -154,33 +158,40 @@ def _flat(query: Floats, ref: Reference, k: int) -> Ints:
 
 
 def _measured(x: Floats, own: Float64s | None, ref: Reference, found: Ints, k: int) -> tuple[Ints, Float64s]:
-    """The k nearest of the rows that were found, by the sum of squared differences: [N, k] both. A few rows at once,
-    so that they stay in the cache between the passes."""
-    indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
-    # Differences of float32 rows lose nothing that matters in float32; others, and directions, are taken in float64.
+    """The k nearest of the rows that were found, by the sum of squared differences: [N, k] both."""
+    plain = own is None and all(rows.dtype == np.float32 and rows.flags.c_contiguous for rows in (x, ref.rows))
+    squared = _in_place(x, ref.rows, found) if plain else _gathered(x, own, ref, found)
+    far = np.where(found < 0, np.inf, squared)  # an index may find fewer rows than were asked for
+    order = np.argsort(far, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(found, order, 1), np.take_along_axis(far, order, 1)
+
+
+def _in_place(x: Floats, ref: Floats, found: Ints) -> Float64s:
+    """Squared distances [N, k] of float32 rows, read where they lie."""
+    squared, found = np.empty(found.shape, np.float32), np.ascontiguousarray(found)
+    at = faiss.swig_ptr
+    faiss.fvec_L2sqr_by_idx(at(squared), at(x), at(ref), at(found), x.shape[1], *found.shape)
+    return squared.astype(np.float64)
+
+
+def _gathered(x: Floats, own: Float64s | None, ref: Reference, found: Ints) -> Float64s:
+    """Squared distances [N, k] of any rows, or of directions. A few at once, so that they stay in the cache between
+    the passes."""
+    squared = np.empty(found.shape)
+    # Differences of small floats lose nothing that matters in float32; others, and directions, are taken in float64.
     single = own is None and max(x.dtype.itemsize, ref.rows.dtype.itemsize) <= 4
     kind = np.float32 if single else np.float64
+
     def measure(tile: slice) -> None:
-        some = found[tile]
-        flat = some.reshape(-1)
+        flat = found[tile].reshape(-1)
         near = np.take(ref.rows, flat, axis=0).astype(kind, copy=False)
         mine = x[tile].astype(kind, copy=False)
         if own is not None and ref.length is not None:
             near, mine = near / ref.length[flat, None], mine / own[tile, None]
-        near = near.reshape(*some.shape, -1)
+        near = near.reshape(len(mine), -1, x.shape[1])
         near -= mine[:, None]
-        far = np.where(some < 0, np.inf, np.vecdot(near, near))  # an index may find fewer rows than were asked for
-        order = np.argsort(far, axis=1, kind="stable")[:, :k]
-        indices[tile], squared[tile] = np.take_along_axis(some, order, 1), np.take_along_axis(far, order, 1)
+        squared[tile] = np.vecdot(near, near)
 
-    threads = faiss.omp_get_max_threads()
-    share = -(-len(x) // threads)
-
-    def several(first: int) -> None:
-        count = min(share, len(x) - first)
-        for tile in tiles(count, kind().itemsize * found.shape[1] * x.shape[1], TILE_BYTES // 128):
-            measure(slice(first + tile.start, first + tile.stop))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(several, range(0, len(x), share)))
-    return indices, squared
+    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
+        list(pool.map(measure, tiles(len(x), kind().itemsize * found.shape[1] * x.shape[1], TILE_BYTES // 128)))
+    return squared
