@@ -6,6 +6,7 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -39,11 +40,16 @@ def network(module: Any) -> str:
 
 
 def tokenizer(words: Any) -> str:
-    """64 hex digits of a tokenizer of transformers: its vocabulary, special tokens, greatest length and, where it has
-    them as data, its rules."""
-    rules = json.loads(words.backend_tokenizer.to_str()) if hasattr(words, "backend_tokenizer") else {}
-    for call in ("padding", "truncation"):  # what the last call asked for stays in there
-        rules.pop(call, None)
+    """64 hex digits of a tokenizer of transformers: its vocabulary, special tokens, greatest length and its rules, or
+    the files that a slow one keeps them in."""
+    if hasattr(words, "backend_tokenizer"):
+        rules = json.loads(words.backend_tokenizer.to_str())
+        for call in ("padding", "truncation"):  # what the last call asked for stays in there
+            rules.pop(call, None)
+    else:
+        with TemporaryDirectory() as folder:
+            files = [Path(file) for file in words.save_vocabulary(folder)]
+            rules = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     spec = [words.get_vocab(), words.special_tokens_map, words.model_max_length, words.padding_side, rules]
     return hashlib.sha256(_text(spec)).hexdigest()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import math
 import os
 import resource
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from jobs import models
+from jobs import digest, models
 from jobs.families import family
 from jobs.training import cache as caches
 from jobs.training import packs
@@ -189,6 +190,22 @@ def test_rounds_share_and_other_encoders_do_not(
     assert encoded(lambda p: nudge(next(p.text_encoder.parameters()))) == (0, 3)
     assert encoded(words) == (0, 3)
     assert encoded(lambda p: None) == (0, 0)
+
+
+def test_a_slow_tokenizer_is_known_by_its_merges(tmp_path: Path) -> None:
+    from transformers import CTRLTokenizer
+
+    def words(name: str, *merges: str) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        vocabulary = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        return CTRLTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+
+    one, same, other = words("one", "a b", "b c"), words("same", "a b", "b c"), words("other", "b c", "a b")
+    assert not hasattr(one, "backend_tokenizer") and one.get_vocab() == other.get_vocab()
+    assert digest.tokenizer(one) == digest.tokenizer(same) != digest.tokenizer(other)
 
 
 def test_the_precision_of_the_encoders_is_theirs(sd: Any, tmp_path: Path) -> None:
