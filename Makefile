@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
-STUDIES := $(addprefix study-, ablation size weights accumulation reference)
+STUDIES := $(addprefix study-, ablation size weights accumulation reference mix)
 .PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
   verify base study $(STUDIES) bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
 
@@ -103,6 +103,8 @@ study-accumulation: $(READY) ## train on the selections of all rounds, or on the
 	$(WINNOW) study accumulation $(ARGS)
 study-reference: $(READY) ## a share of D_0 beside the selection
 	$(WINNOW) study reference $(ARGS)
+study-mix: $(READY) ## what each choice of the embedded default does, at its full size
+	$(WINNOW) study mix $(ARGS)
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -9,16 +9,17 @@ from schemas.errors import WinnowError
 
 Changes = dict[str, Any]
 
-#: The embedded default with half its candidates and a third of its steps, so that many arms can be compared.
+#: The embedded default with three eighths of its candidates and a quarter of its steps, so that many arms can be
+#: compared.
 SMALL: Changes = {
-    "generate": {"images_per_prompt": 16},
-    "select": {"keep": 2},
-    "train": {"steps": 250, "neon": None},
+    "generate": {"images_per_prompt": 12},
+    "select": {"keep": 3},
+    "train": {"steps": 375},
     "evaluate": {"images_per_prompt": 20},
 }
 NO_PREFERENCE: Changes = {"select": {"policy": "random"}}
 NO_WEIGHTS: Changes = {"weigh": {"by": "nothing"}}
-FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 64}, "select": {"keep": 8}}
+FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 48}, "select": {"keep": 12}}
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ STUDIES = {
     "size": Study(
         "How many samples should a round select?",
         "Figure 8, of 5,000: 300 beat 100; 1,000 and 2,000 lead at first, slow down after round 3 and may decline.",
-        {"2 of 16": {}, "1 of 16": {"select": {"keep": 1}}, "4 of 16": {"select": {"keep": 4}},
-         "8 of 16": {"select": {"keep": 8}}},
+        {"3 of 12": {}, "1 of 12": {"select": {"keep": 1}}, "2 of 12": {"select": {"keep": 2}},
+         "6 of 12": {"select": {"keep": 6}}},
     ),
     "weights": Study(
         "How far from D₀ may a sample be, and how fast does its weight fall beyond?",
@@ -67,6 +68,20 @@ STUDIES = {
         "Does a share of D₀ beside the selection help?",
         "Not asked: its rounds train on the selection alone.",
         {"0": {}, **{f"{share:g}": {"export": {"reference_share": share}} for share in (0.25, 0.5, 1.0)}},
+    ),
+    "mix": Study(
+        "What does each choice of the embedded default do?",
+        "Not asked.",
+        {
+            "the default": {}, "8 sampling steps": {"generate": {"steps": 8}},
+            "32 sampling steps": {"generate": {"steps": 32}}, "the best 4 of 32": {"select": {"keep": 4}},
+            "the best 12 of 32": {"select": {"keep": 12}},
+            "any 8 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.9}}},
+            "half the training": {"train": {"steps": 750}}, "a third of the rate": {"train": {"lr": 3e-4}},
+            "Neon, w = 0.5": {"train": {"neon": 0.5, "neon_on": "candidates"}},
+        },
+        rounds=2,
+        common={},
     ),
 }  # fmt: skip
 

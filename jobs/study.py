@@ -53,13 +53,22 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -
     for outcome in outcomes:
         outcome["model"] = Path(outcome["model"]).name
     table = summarise(all_rows)
-    found = {"seeds": seeds, "rounds": rounds, "machine": machine(), "outcomes": outcomes, "table": table}
+    how = _told(recipes.override(recipes.load("embedded"), list(settings)))
+    found = {"seeds": seeds, "rounds": rounds, "settings": how, "machine": machine(), "outcomes": outcomes,
+             "table": table}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "study.md").write_text(page(found))
     for metric in METRICS:
         (out / f"study-{metric}.svg").write_bytes(picture(table, metric))
     return out / "study.md"
+
+
+def _told(recipe: Recipe) -> str:
+    """The settings that a table of figures must name."""
+    made, kept, trained = recipe.generate, recipe.select, recipe.train
+    return (f"{made.steps} sampling steps, {kept.policy} {kept.keep} of {made.images_per_prompt}, {trained.steps} "
+            f"training steps at {trained.lr:g}")  # fmt: skip
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +104,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Study: the embedded default",
         "",
-        f"Made by `make study`: {found['seeds']} seeds, {found['rounds']} rounds, on {found['machine']}. "
+        f"Made by `make study`: {found['seeds']} seeds, {found['rounds']} rounds, on {found['machine']}; "
+        f"{found['settings']}. "
         "Mean over the seeds ± standard error; a seed that was stopped counts as far as it came.",
         "",
         " ".join(f"![{name_of(metric)}](study-{metric}.svg)" for metric in METRICS),
@@ -203,39 +213,49 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
                 lacking += 1
                 continue
             machines.add(found["machine"])
-            last = study.rounds
-            rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= last]
+            rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= study.rounds]
     table = summarise(rows)
-    by = {(row["arm"], row["seed"], row["round"], row["metric"]): row["value"] for row in rows}
-    cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
-    first, *others = study.arms
+    for metric in METRICS:
+        (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, list(study.arms)))
+    smaller = ", made smaller" if study.common else ""
     lines = [
         f"# Study: {study.question[0].lower()}{study.question[1:]}", "",
-        f"Made by `make study-{name}`: {seeds} seeds, {study.rounds} rounds of the embedded default, made smaller, on "
+        f"Made by `make study-{name}`: {seeds} seeds, {study.rounds} rounds of the embedded default{smaller}, on "
         f"{'; '.join(sorted(machines))}. Mean over the seeds ± standard error.", "",
         f"The paper: {study.paper}", "",
         *([f"{lacking} of {seeds * len(study.arms)} runs are not played yet.", ""] if lacking else []),
         " ".join(f"![{name_of(metric)}](study-{name}-{metric}.svg)" for metric in METRICS), "",
-        "| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS),
+        *_by_round(study, table, seeds), "", *_apart(study, rows, seeds),
     ]  # fmt: skip
-    base = [_cell(cells.get((first, 0, metric)), seeds) for metric in METRICS]
-    lines.append(f"| the base | 0 | {' | '.join(base)} |")
-    for arm in study.arms:
-        for number in range(1, study.rounds + 1):
-            figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
-            lines.append(f"| {arm} | {number} | {' | '.join(figures)} |")
-    lines += ["", f"After round {study.rounds}, less what \"{first}\" has with the same seed:", ""]
-    lines += ["| arm | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
-    for arm in others:
-        figures = []
-        for metric in METRICS:
-            end = [(by.get((one, seed, study.rounds, metric)) for one in (arm, first)) for seed in range(seeds)]
-            pairs = [(a, b) for a, b in end if a is not None and b is not None]
-            apart = [{"arm": arm, "round": 0, "metric": metric, "value": a - b} for a, b in pairs]
-            figures.append(_cell(summarise(apart)[0], seeds) if apart else "")
-        lines.append(f"| {arm} | {' | '.join(figures)} |")
-    for metric in METRICS:
-        (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, list(study.arms)))
     page = out / f"study-{name}.md"
     page.write_text("\n".join(lines) + "\n")
     return page
+
+
+def _by_round(study: Study, table: list[dict[str, Any]], seeds: int) -> list[str]:
+    """A table of every arm after every round."""
+    cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
+    lines = ["| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
+    places = [(next(iter(study.arms)), 0), *((arm, n) for arm in study.arms for n in range(1, study.rounds + 1))]
+    for arm, number in places:
+        figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
+        lines.append(f"| {arm if number else 'the base'} | {number} | {' | '.join(figures)} |")
+    return lines
+
+
+def _apart(study: Study, rows: list[dict[str, Any]], seeds: int) -> list[str]:
+    """A table of what sets the arms apart from the first, seed by seed, after the last round."""
+    end = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows if row["round"] == study.rounds}
+    first, *others = study.arms
+    lines = [f'After round {study.rounds}, less what "{first}" has with the same seed:', ""]
+    lines += ["| arm | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    for arm in others:
+        pairs = [
+            {"arm": arm, "round": study.rounds, "metric": metric,
+             "value": end[arm, seed, metric] - end[first, seed, metric]}
+            for metric in METRICS for seed in range(seeds)
+            if (arm, seed, metric) in end and (first, seed, metric) in end
+        ]  # fmt: skip
+        cells = {row["metric"]: row for row in summarise(pairs)}
+        lines.append(f"| {arm} | {' | '.join(_cell(cells.get(metric), seeds) for metric in METRICS)} |")
+    return lines

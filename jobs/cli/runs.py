@@ -60,7 +60,7 @@ def demo(
 @app.command()
 def study(
     names: Annotated[
-        list[str] | None, typer.Argument(help="effect, ablation, size, weights, accumulation or reference; several.")
+        list[str] | None, typer.Argument(help="effect, ablation, size, weights, accumulation, reference or mix.")
     ] = None,
     store: StorePath = Path("runs/study"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
