@@ -17,7 +17,7 @@ import pyarrow as pa
 from jobs import models
 from jobs import recipe as recipes
 from jobs.benchmarks.measured import Figures, Measured, figures, look
-from jobs.benchmarks.methods import BEST, GAP, LOOK, METHODS, ONE, Method
+from jobs.benchmarks.methods import BEST, GAP, LOOK, METHODS, ONE, STEPS, Method
 from jobs.generate import generate, plan
 from jobs.images import array, images_of
 from jobs.progress import bar
@@ -35,7 +35,8 @@ TILES = 24
 
 def opened(home: Path, settings: dict[str, Any], of: int | None) -> Run:
     """The store of these images; ``of``: how many prompts, null: all."""
-    whole = {"prompts.held_out": 0.001, "generate.prompts": of, "generate.batch": 192, "refine.model": MODEL}
+    whole = {"prompts.held_out": 0.001, "refine.model": MODEL}
+    whole |= {"generate.prompts": of, "generate.batch": 192, "generate.steps": STEPS}
     whole |= {f"generate.{key}": value for key, value in settings.items()}
     recipe = recipes.override(recipes.load(MODEL), [(key.split("."), value) for key, value in whole.items()])
     run = Run(create(home / f"sampled-{digest([whole, recipe.seed], 8)}"), recipe.for_arm("curated"))
