@@ -59,11 +59,17 @@ def prepare(ref: Floats, unit: bool = False, index: str = "exact", seed: int = 0
     if index not in INDEXES:
         raise WinnowError(f"index is {index!r}: choose one of {', '.join(INDEXES)}")
     length = rows.lengths(ref) if unit else None
-    centre = rows.mean(ref, length).astype(np.float32)
-    some = rows.exact(ref[:: -(-len(ref) // PROBES)])
-    if 2 * np.vdot(centre, centre) <= (1.0 if unit else np.mean(np.vecdot(some, some))):
-        centre = None  # next to nothing cancels, and a copy of all rows is saved
+    centre = _centre(ref, length)
     return Reference(ref, centre, length, None if index == "exact" else _index(ref, index, centre, length, seed))
+
+
+def _centre(ref: Floats, length: Float64s | None) -> Floats | None:
+    """The mean of the rows; None where they lie around the origin, so that next to nothing cancels and no row needs to
+    be copied."""
+    centre = rows.mean(ref, length).astype(np.float32)
+    every = slice(None, None, -(-len(ref) // PROBES))
+    some = rows.exact(ref[every], None if length is None else length[every])
+    return centre if 2 * np.vdot(centre, centre) > np.mean(np.vecdot(some, some)) else None
 
 
 def search(x: Floats, ref: Reference, k: int) -> Neighbours:
@@ -80,8 +86,9 @@ def search(x: Floats, ref: Reference, k: int) -> Neighbours:
         probes = rows.centred(x[some], ref.centre, None if own is None else own[some])
         find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows))
     indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
-    as_they_are = ref.centre is None and own is None and x.dtype == np.float32
-    for tile in tiles(len(x), 12 * k if as_they_are else 4 * x.shape[1]):
+    # Rows that are read where they lie take no more than their candidates do: numbers, distances and their order.
+    copied = not (ref.centre is None and own is None and rows.plain(x))
+    for tile in tiles(len(x), 4 * x.shape[1] if copied else 64 * k):
         mine = None if own is None else own[tile]
         query = rows.centred(x[tile], ref.centre, mine)
         found = find(query)
@@ -159,8 +166,8 @@ def _flat(query: Floats, ref: Reference, k: int) -> Ints:
 
 def _measured(x: Floats, own: Float64s | None, ref: Reference, found: Ints, k: int) -> tuple[Ints, Float64s]:
     """The k nearest of the rows that were found, by the sum of squared differences: [N, k] both."""
-    plain = own is None and all(rows.dtype == np.float32 and rows.flags.c_contiguous for rows in (x, ref.rows))
-    squared = _in_place(x, ref.rows, found) if plain else _gathered(x, own, ref, found)
+    in_place = own is None and rows.plain(x) and rows.plain(ref.rows)
+    squared = _in_place(x, ref.rows, found) if in_place else _gathered(x, own, ref, found)
     far = np.where(found < 0, np.inf, squared)  # an index may find fewer rows than were asked for
     order = np.argsort(far, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(found, order, 1), np.take_along_axis(far, order, 1)

@@ -50,15 +50,20 @@ def squared_to(x: Floats, point: Float64s, length: Float64s | None = None) -> Fl
     return result
 
 
+def plain(x: Floats) -> bool:
+    """Whether FAISS can read x [N, D] where it lies: float32, one row after the other."""
+    return x.dtype == np.float32 and x.flags.c_contiguous
+
+
 def centred(x: Floats, centre: Floats | None, length: Float64s | None = None) -> Floats:
-    """x - centre in float32 [N, D], rounded once; centre [D] is float32. None: x itself, if it is float32 already.
+    """x - centre in float32 [N, D], rounded once; centre [D] is float32. None: x itself, if it is `plain`.
 
     ||x - r||^2 = ||x||^2 + ||r||^2 - 2 x.r cancels when both lie far from the origin. Any centre of D_0 taken off both
     sides mends that, so it may be rounded itself.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is reported as such at the end
         if length is not None:
-            return (exact(x, length) - (0.0 if centre is None else centre)).astype(np.float32)
+            x = exact(x, length)
         if centre is None:
             return np.ascontiguousarray(x, np.float32)
         kind = np.float64 if x.dtype.itemsize > 4 else np.float32

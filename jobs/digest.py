@@ -48,8 +48,8 @@ def tokenizer(words: Any) -> str:
             rules.pop(call, None)
     else:
         with TemporaryDirectory() as folder:
-            files = [Path(file) for file in words.save_vocabulary(folder)]
-            rules = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            words.save_vocabulary(folder)
+            rules = digest(Path(folder))
     spec = [words.get_vocab(), words.special_tokens_map, words.model_max_length, words.padding_side, rules]
     return hashlib.sha256(_text(spec)).hexdigest()
 

@@ -85,7 +85,11 @@ STUDIES = {
 }  # fmt: skip
 
 
+#: All that ``winnow study`` knows; "effect" compares no arms, and plays the embedded default itself.
+NAMES = ("effect", *STUDIES)
+
+
 def named(name: str) -> Study:
     if name not in STUDIES:
-        raise WinnowError(f"study {name!r}: unknown; there are {', '.join(['effect', *STUDIES])}")
+        raise WinnowError(f"study {name!r}: unknown; there are {', '.join(NAMES)}")
     return STUDIES[name]

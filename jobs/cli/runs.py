@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.app import RECIPE, STORE, Arm, RecipeName, Round, Rounds, Set, StorePath, app, open_run, setting
+from jobs.studies import NAMES
 from schemas.errors import WinnowError
 
 
@@ -59,9 +60,7 @@ def demo(
 
 @app.command()
 def study(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="effect, ablation, size, weights, accumulation, reference or mix.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Some of {', '.join(NAMES)}.")] = None,
     store: StorePath = Path("runs/study"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds, of the effect.")] = 8,
