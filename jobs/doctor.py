@@ -147,7 +147,7 @@ def _files(recipe: Recipe) -> Iterator[Finding]:
         said = "set" if there else "not set; export the key in it"
         yield Finding("prompts.judge", there, f"{judge.key_env} is {said}")
     sources = {"prompts.source": recipe.prompts.source, "prompts.benchmark": recipe.prompts.benchmark,
-               "generate.source": recipe.generate.source}  # fmt: skip
+               "generate.source": recipe.generate.source, "reference.source": recipe.reference.source}  # fmt: skip
     for key, source in sources.items():
         if source is None or source == "embedded" or source.startswith("hub:"):
             continue

@@ -28,7 +28,8 @@ from storage.snapshot import latest
 
 class Export(Settings):
     """``accumulate``: train on the selections of all rounds so far, not on this one alone (arXiv 2404.01413).
-    ``reference_share``: samples of D_0 for each selected one, of weight 1. ``rows``: rows a shard.
+    ``reference_share``: samples of D_0 (real images, where reference.source has them) for each selected one, of weight
+    1. ``rows``: rows a shard.
 
     ``formats``: each is a folder of its own, and one can be added later. ``encode``: image files are written anew in
     this format (null: copied as stored). ``unweighted`` serves trainers that know no weights: "repeats" writes a second

@@ -142,14 +142,18 @@ def sound(draw: Sampler, rows: list[dict[str, Any]], latents: Tensor) -> list[di
 
 def generate(run: Run, split: Split = "train", model: str | None = None) -> bool:
     """Make the samples of one split: a round's candidates, D_0 (the base's reference samples), or the held-out
-    prompts' images of ``model``. Returns whether all of them are there, not left to other shards."""
+    prompts' images of ``model``; the first two are taken in where the recipe has a source of them. Returns whether all
+    of them are there, not left to other shards."""
     settings = run.recipe.generate
-    if split == "train" and settings.source:
+    reference = run.recipe.reference
+    if split == "reference":
+        run = run.base()
+    if (split == "train" and settings.source) or (split == "reference" and reference.source):
         from jobs.own import take_in
 
-        return take_in(run, settings)
+        return take_in(run, split, settings if split == "train" else reference)
     if split == "reference":
-        run, prompts, per_prompt = run.base(), run.recipe.reference.prompts, run.recipe.reference.images_per_prompt
+        prompts, per_prompt = reference.prompts, reference.images_per_prompt
     elif split == "eval":
         prompts, per_prompt = run.recipe.evaluate.prompts, run.recipe.evaluate.images_per_prompt
     else:

@@ -128,8 +128,9 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     rounds = recipe.rounds
     asked = min(made.prompts or learned, learned)
     finished = made.reject.keep if made.reject else made.images_per_prompt
+    base = recipe.reference
     images = {
-        "D_0": min(recipe.reference.prompts or learned, learned) * recipe.reference.images_per_prompt,
+        "D_0": 0 if base.source else min(base.prompts or learned, learned) * base.images_per_prompt,
         "candidates": 0 if made.source else asked * finished * rounds,
         "refined": 0 if again.where is None else _chosen(again, asked, finished) * again.loops * rounds,
         "evaluation": min(measured.prompts or held_out, held_out) * measured.images_per_prompt * (rounds + 1) * judged,

@@ -145,6 +145,43 @@ def test_a_recipe_goes_the_whole_way(
                 assert image.size == (row["width"], row["height"])
 
 
+def test_real_images_serve_as_d0_and_are_mixed_into_the_training(
+    tmp_path: Path, stable_diffusion: Path, clip_folder: Path, scorers: str
+) -> None:
+    from jobs.plan import plan
+    from jobs.round import loop
+    from jobs.run import Run
+    from storage.layout import create
+    from storage.verify import verify
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    images(tmp_path / "real")  # the first caption has two
+    space = f"open_clip:local-dir:{clip_folder}"
+    changes = {
+        "rounds": 1, "reference.source": str(tmp_path / "real"), "reference.prompts": None,
+        "reference.images_per_prompt": 1, "export.reference_share": 1.0, "train.size": 32,
+        "embed.encoders": [space], "distance.space": space,
+    }  # fmt: skip
+    recipe = small("rsidiff-sd14", stable_diffusion, tmp_path, scorers, clip_folder)
+    recipe = recipes.override(recipe, sets(changes)).for_arm("curated")
+    assert plan(recipe, 20).images["D_0"] == 0
+    store = create(tmp_path / "store")
+    loop(Run(store, recipe))
+    d0 = rows(store, "SELECT prompt, model, image FROM samples WHERE split = 'reference'")
+    captions = [row["prompt"] for row in d0]
+    learned = rows(store, "SELECT text FROM prompts WHERE kept AND split = 'train'")
+    assert sorted(captions) == sorted(row["text"] for row in learned)  # one image each, of each that is learned
+    assert {row["model"] for row in d0} == {"own:real"}
+    files = {path.read_bytes() for path in (tmp_path / "real").glob("[0-9]*")}
+    assert all(row["image"]["bytes"] in files for row in d0)
+    [folder] = (store / "shards").glob("curated-r1-parquet-*")
+    shard = pq.read_table(folder).to_pylist()
+    real = [row for row in shard if row["image"]["bytes"] in files]
+    assert len(shard) == 10 and len(real) == 5 and all(row["weight"] == 1 for row in real)
+    assert rows(store, "SELECT count(*) AS n FROM distances WHERE value > 0")[0]["n"] > 0
+    assert verify(store).ok
+
+
 def test_a_round_without_training_trains_nothing(
     tmp_path: Path, stable_diffusion: Path, clip_folder: Path, scorers: str, winnow: Any
 ) -> None:
@@ -248,7 +285,7 @@ def test_sources_of_own_images_that_do_not_serve_are_named(tmp_path: Path, sourc
     }.items():  # fmt: skip
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     with pytest.raises(WinnowError, match="generate.source") as caught:
-        opened(str(tmp_path / source), column)
+        opened(str(tmp_path / source), column, "generate")
     assert said in str(caught.value), caught.value
 
 
@@ -256,7 +293,7 @@ def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     from jobs.own import _file, opened
 
     images(tmp_path / "images")
-    found = opened(str(tmp_path / "images"), "text")
+    found = opened(str(tmp_path / "images"), "text", "generate")
     for path in (tmp_path / "images").glob("[0-9]*"):
         path.unlink()
     with pytest.raises(WinnowError, match=r"row 3 has no image"):
