@@ -193,8 +193,8 @@ def test_refined_images_stand_beside_their_parents(tmp_path: Path) -> None:
     shelf = html.split("Before and after refinement", 1)[1].split("</details>")[0]
     shown = [int(number) for number in re.findall(r"· sample (\d+)", shelf)]
     assert shown == [number for k in (2, 4, 0) for number in (parents[k], children[k])]
-    assert "after: cells 4×4: 2, level 0.40, loop 1, scene-clip 0.250 → 0.750, accepted" in shelf
-    assert shelf.count("after: ") == 3
+    assert "cells 4×4: 2, level 0.40, loop 1, scene-clip 0.250 → 0.750, accepted" in shelf
+    assert shelf.count("<b>before</b>") == shelf.count("<b>after</b>") == 3
 
 
 def story(summary: dict[str, Any]) -> str:
