@@ -26,6 +26,8 @@ from schemas.tables import TABLES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jobs.evaluate import Evaluate, Reference
+
 Split = Literal["reference", "train", "eval"]
 
 
@@ -144,20 +146,15 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     """Make the samples of one split: a round's candidates, D_0 (the base's reference samples), or the held-out
     prompts' images of ``model``; the first two are taken in where the recipe has a source of them. Returns whether all
     of them are there, not left to other shards."""
-    settings = run.recipe.generate
-    reference = run.recipe.reference
+    own: Generate | Reference = run.recipe.generate
     if split == "reference":
-        run = run.base()
-    if (split == "train" and settings.source) or (split == "reference" and reference.source):
+        run, own = run.base(), run.recipe.reference
+    if own.source and split != "eval":
         from jobs.own import take_in
 
-        return take_in(run, split, settings if split == "train" else reference)
-    if split == "reference":
-        prompts, per_prompt = reference.prompts, reference.images_per_prompt
-    elif split == "eval":
-        prompts, per_prompt = run.recipe.evaluate.prompts, run.recipe.evaluate.images_per_prompt
-    else:
-        prompts, per_prompt = settings.prompts, settings.images_per_prompt
+        return take_in(run, split, own)
+    asked: Generate | Reference | Evaluate = run.recipe.evaluate if split == "eval" else own
+    prompts, per_prompt = asked.prompts, asked.images_per_prompt
     settings = sampling(run)
     reject = settings.reject if split == "train" else None
     model = model or (run.recipe.model if run.arm == BASE else run.start_model())

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from PIL import Image
 
+from curate.groups import codes, ranks
 from curate.wording import normalise
 from jobs.images import decode
 from jobs.progress import say
 from jobs.prompts import chosen
-from jobs.run import Run
+from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
@@ -87,10 +86,10 @@ def _file(images: Any, place: int, named: str) -> bytes:
 def take_in(run: Run, split: Split, settings: Generate | Reference) -> bool:
     """The images of this split's prompts become its samples; of D_0, no more than its images per prompt. Returns
     whether all of them are there."""
-    assert settings.source is not None
-    key = "reference" if split == "reference" else "generate"
-    images = opened(settings.source, settings.column, key)
-    named = f"{key}.source {settings.source!r}"
+    source, key = settings.source, "reference" if split == "reference" else "generate"
+    assert source is not None
+    named = f"{key}.source {source!r}"
+    images = opened(source, settings.column, key)
     texts = chosen(run, "train", settings.prompts)
     numbers = dict(zip(texts["text"].to_pylist(), texts["prompt_id"].to_pylist(), strict=True))
     rows: dict[int, dict[str, Any]] = {}  # by id: an image that comes twice is taken once
@@ -108,23 +107,13 @@ def take_in(run: Run, split: Split, settings: Generate | Reference) -> bool:
             f"{settings.column!r}; give its captions as prompts.source"
         )
     say(f"take in: {len(rows)} of {len(images)} images have a prompt of round {run.round} as their caption")
-    if split == "reference":
-        rows = {row["sample_id"]: row for row in _some(rows, settings.images_per_prompt)}
     table = pa.Table.from_pylist(list(rows.values()))
+    if split == "reference":  # of each prompt those of the lowest ids, which are hashes and prefer none
+        place = ranks(codes(table["prompt_id"].to_numpy()), ids(table))
+        table = table.filter(pa.array(place <= settings.images_per_prompt))
     folders = {"round": run.round, "arm": run.arm, "split": split}
-    work = units("samples", folders, table, run.recipe.generate.batch, ["own", settings.source, run.round, run.arm])
-    source = settings.source
+    work = units("samples", folders, table, run.recipe.generate.batch, ["own", source, run.round, run.arm])
     return complete(run, f"take in {split}", "samples", work, lambda: _work(run, split, source, named, images))
-
-
-def _some(rows: dict[int, dict[str, Any]], each: int) -> Iterator[dict[str, Any]]:
-    """At most ``each`` of the images of a prompt: those of the lowest ids, which are hashes and prefer none."""
-    taken: Counter[int] = Counter()
-    for number in sorted(rows):
-        row = rows[number]
-        taken[row["prompt_id"]] += 1
-        if taken[row["prompt_id"]] <= each:
-            yield row
 
 
 def _work(run: Run, split: Split, source: str, named: str, images: Any) -> Work:

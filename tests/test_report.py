@@ -197,6 +197,25 @@ def test_refined_images_stand_beside_their_parents(tmp_path: Path) -> None:
     assert shelf.count("<b>before</b>") == shelf.count("<b>after</b>") == 3
 
 
+def test_a_refined_image_whose_refinement_is_not_told_is_shown_all_the_same(tmp_path: Path) -> None:
+    builder = Builder(tmp_path / "s")
+    builder.base()
+    builder.measure("curated", 0)
+    [parent, *_] = builder.samples("curated", 1, "train", TRAIN, 4)
+    child = {
+        "sample_id": sample_id(["child"]), "round": 1, "arm": "curated", "split": "train", "prompt_id": 3,
+        "prompt": TRAIN[3], "seed": 1, "model": "embedded@1", "width": 8, "height": 8, "attempt": 0,
+        "parent_id": parent, "refiner": "whole", "image": picture(1, 8),
+    }  # fmt: skip
+    builder.put("samples", "curated", 1, "children", [child])
+    chosen = [{"selection": "curated", "round": 1, "sample_id": number, "kept": True, "rank": 1, "reason": "r"}
+              for number in (parent, child["sample_id"])]  # fmt: skip
+    builder.put("selections", "curated", 1, "s", chosen)
+    report(builder.root)
+    shelf = read(builder.root)[0].split("Before and after refinement", 1)[1].split("</details>")[0]
+    assert "<b>after</b>" in shelf and "level" not in shelf
+
+
 def story(summary: dict[str, Any]) -> str:
     return "\n".join(summary["story"]).replace("\N{NO-BREAK SPACE}", " ")
 
