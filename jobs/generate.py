@@ -41,6 +41,7 @@ class Negative(Settings):
 
 class Generate(Settings):
     """``prompts`` a round (null: all of them), images per prompt and how to sample. Sizes null: the model's own.
+    ``shift``: above 1 takes more of a flow's steps at its noisy end (null: as the model's scheduler does).
     ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
     GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
     an image that shows nothing. ``source``: images to take in instead, a folder, Parquet files or hub:org/name, with
@@ -53,6 +54,7 @@ class Generate(Settings):
     images_per_prompt: int = Field(4, ge=1)
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=0)
+    shift: float | None = Field(None, gt=0)
     negative: Negative | None = None
     width: int | None = Field(None, ge=8, multiple_of=8)
     height: int | None = Field(None, ge=8, multiple_of=8)
@@ -90,7 +92,7 @@ def plan(run: Run, split: Split, prompts: int | None, per_prompt: int, model: st
     settings = sampling(run)
     texts = chosen(run, "eval" if split == "eval" else "train", prompts)
     where = ["eval"] if split == "eval" else [split, run.round, run.arm]
-    sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"}) | away(settings)
+    sampler = settings.model_dump(include={"steps", "guidance", "width", "height", "format"}) | moved(settings)
     rows = []
     for prompt_id, text in zip(texts["prompt_id"].to_pylist(), texts["text"].to_pylist(), strict=True):
         for k in range(per_prompt):
@@ -106,11 +108,14 @@ def sampling(run: Run) -> Generate:
     return settings.model_copy(update={"negative": None}) if run.arm == BASE else settings
 
 
-def away(settings: Generate) -> dict[str, Any]:
-    """What of the sampling the negative guidance decides: nothing where there is none."""
-    if settings.negative is None:
-        return {}
-    return {"negative": [models.revision(settings.negative.model), settings.negative.weight]}
+def moved(settings: Generate) -> dict[str, Any]:
+    """What of the sampling differs from the model's own: nothing where shift and negative guidance are null."""
+    found: dict[str, Any] = {}
+    if settings.shift is not None:
+        found["shift"] = settings.shift
+    if settings.negative is not None:
+        found["negative"] = [models.revision(settings.negative.model), settings.negative.weight]
+    return found
 
 
 def sound(draw: Sampler, rows: list[dict[str, Any]], latents: Tensor) -> list[dict[str, Any]]:
@@ -161,9 +166,9 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
-    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "negative", "reject"}
+    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "shift", "negative", "reject"}
     dtype = settings.dtype or str(devices.dtype())
-    making = settings.model_dump(mode="json", exclude=apart) | {"dtype": dtype} | away(settings)
+    making = settings.model_dump(mode="json", exclude=apart) | {"dtype": dtype} | moved(settings)
     spec = ["generate", revision, making, run.round, run.arm, split]
     folders = {"round": run.round, "arm": run.arm, "split": split}
     if reject is None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from jobs import devices, models, samples
-from jobs.generate import away, column
+from jobs.generate import column, moved
 from jobs.images import encode, images_of
 from jobs.pool import ask, pool, scorers
 from jobs.progress import say
@@ -101,7 +101,7 @@ def refine(run: Run) -> bool:
     revision = models.revision(model)
     spec = [
         "refine", settings.model_dump(mode="json", exclude={"where", "limit", "model"}), revision, guidance,
-        making.format, making.dtype or str(devices.dtype()), away(making), judge and judge.revision, run.recipe.seed,
+        making.format, making.dtype or str(devices.dtype()), moved(making), judge and judge.revision, run.recipe.seed,
         run.round, run.arm,
     ]  # fmt: skip
     folders = {"round": run.round, "arm": run.arm, "split": "train"} | samples.CHILDREN

@@ -26,7 +26,9 @@ class Sampler:
 
     def __init__(self, pipe: Any, settings: Generate, texts: Iterable[str] = ()) -> None:
         from jobs.families import Conditions
+        from jobs.sampling import shifted
 
+        pipe = pipe if settings.shift is None else shifted(pipe, settings.shift)
         self.pipe, self.settings = pipe, settings
         self.conditions = Conditions(pipe, texts, forget=True)
         self.turn = RLock()  # a pipeline's scheduler counts its steps: one batch at a time

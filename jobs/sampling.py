@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,24 @@ def _estimate(kind: Kind, x: Tensor, made: Tensor, signal: Tensor, spread: Tenso
     # v is of signal² + spread² = 1, and some schedulers keep x at another size.
     size = signal.square() + spread.square()
     return (signal * x - spread * size.sqrt() * made) / size
+
+
+def shifted(pipe: Any, shift: float) -> Any:
+    """The pipeline, of the same parts, whose scheduler moves a flow's levels: σ → shift · σ / (1 + (shift − 1) · σ)
+    (arXiv 2403.03206, eq. 23). The pipeline given keeps its own, by which it is trained."""
+    scheduler = pipe.scheduler
+    kind, name = objective(scheduler).kind, type(scheduler).__name__
+    if kind != "flow":
+        raise WinnowError(f"generate.shift moves the levels of a flow, and this model predicts {kind}; set it to null")
+    key = next((key for key in ("shift", "flow_shift") if key in scheduler.config), None)
+    sized = scheduler.config.get("use_dynamic_shifting")
+    if key is None or (sized and key == "flow_shift"):
+        why = "shifts by the image's size" if sized else "has no shift"
+        raise WinnowError(f"generate.shift: the model's {name} {why}; set it to null")
+    other = copy(pipe)
+    fixed = {key: shift} | ({"use_dynamic_shifting": False} if sized else {})
+    other.scheduler = scheduler.from_config(scheduler.config, **fixed)
+    return other
 
 
 @torch.no_grad()

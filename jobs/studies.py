@@ -11,14 +11,14 @@ Changes = dict[str, Any]
 
 #: The embedded default with three fifths of its candidates and half its steps, so that many arms can be compared.
 SMALL: Changes = {
-    "generate": {"images_per_prompt": 15},
-    "select": {"keep": 3},
-    "train": {"steps": 325},
+    "generate": {"images_per_prompt": 20},
+    "select": {"keep": 5},
+    "train": {"steps": 425},
     "evaluate": {"images_per_prompt": 20},
 }
 NO_PREFERENCE: Changes = {"select": {"policy": "random"}}
 NO_WEIGHTS: Changes = {"weigh": {"by": "nothing"}}
-FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 60}, "select": {"keep": 12}}
+FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 80}, "select": {"keep": 20}}
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ STUDIES = {
     "size": Study(
         "How many samples should a round select?",
         "Figure 8, of 5,000: 300 beat 100; 1,000 and 2,000 lead at first, slow down after round 3 and may decline.",
-        {"3 of 15": {}, "1 of 15": {"select": {"keep": 1}}, "2 of 15": {"select": {"keep": 2}},
-         "6 of 15": {"select": {"keep": 6}}},
+        {"5 of 20": {}, "1 of 20": {"select": {"keep": 1}}, "2 of 20": {"select": {"keep": 2}},
+         "10 of 20": {"select": {"keep": 10}}},
     ),
     "weights": Study(
         "How far from D₀ may a sample be, and how fast does its weight fall beyond?",
@@ -72,11 +72,11 @@ STUDIES = {
         "What does each choice of the embedded default do?",
         "Not asked.",
         {
-            "the default": {}, "8 sampling steps": {"generate": {"steps": 8}},
-            "32 sampling steps": {"generate": {"steps": 32}}, "the best 3 of 25": {"select": {"keep": 3}},
-            "the best 10 of 25": {"select": {"keep": 10}},
-            "any 5 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.9}}},
-            "twice the training": {"train": {"steps": 1300}}, "a third of the rate": {"train": {"lr": 3e-4}},
+            "the default": {}, "even sampling steps": {"generate": {"shift": None}},
+            "32 sampling steps": {"generate": {"steps": 32}}, "the best 4 of 32": {"select": {"keep": 4}},
+            "the best 16 of 32": {"select": {"keep": 16}},
+            "any 8 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.88}}},
+            "twice the training": {"train": {"steps": 1700}}, "a third of the rate": {"train": {"lr": 3e-4}},
             "Neon, w = 0.5": {"train": {"neon": 0.5, "neon_on": "candidates"}},
         },
         rounds=2,

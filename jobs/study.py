@@ -30,7 +30,7 @@ from schemas import ids
 from storage.layout import create
 from storage.query import arrow
 
-METRICS = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
+METRICS = ("judge_accuracy", "fd_real", "kid_real", "fd_d0", "diversity")
 APART = {"name", "arms", "threads", "rounds", "guard", "tournament", "publish"}  # change no figure of a round
 
 Settings = Sequence[tuple[list[str], Any]]

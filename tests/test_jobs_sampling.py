@@ -286,3 +286,44 @@ def test_pndm_with_runge_kutta_steps_is_refused(stable_diffusion: Path) -> None:
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
     with pytest.raises(WinnowError, match="skip_prk_steps"):
         sampling.starts(pipe, 5, torch.zeros(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "key"),
+    [("embedded", None, "flow_shift"), ("sd3", None, "shift"),
+     ("flux", lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=True),
+      "shift")],
+)  # fmt: skip
+def test_a_shift_moves_the_levels_of_sampling_and_not_those_of_training(
+    tmp_path: Path, kind: str, scheduler: Any, key: str
+) -> None:
+    made = models.load(kind if kind == "embedded" else str(pipelines.build(kind, tmp_path / kind)))
+    if scheduler:
+        made.scheduler = scheduler(made.scheduler.config)
+    before = dict(made.scheduler.config)
+    draw = Sampler(made, Generate(steps=6, guidance=1.0, shift=2.5, width=32, height=32))
+    found = draw.denoise(texts(made), SEEDS)
+    assert dict(made.scheduler.config) == before and family(draw.pipe).model(draw.pipe) is family(made).model(made)
+    levels = [t / 1000 for t in sampling.starts(draw.pipe, 6, drawn(made)[0])]
+    made.scheduler = made.scheduler.from_config(made.scheduler.config, **{key: 1.0}, use_dynamic_shifting=False)
+    even = [t / 1000 for t in sampling.starts(made, 6, drawn(made)[0])]
+    # SD3's and FLUX's schedulers end at a shifted level, from which the rest is evenly spaced.
+    if kind == "embedded":
+        assert levels == pytest.approx([2.5 * t / (1 + 1.5 * t) for t in even], abs=2e-3)
+    assert all(moved > level for moved, level in zip(levels[1:], even[1:], strict=True))
+    made.scheduler = made.scheduler.from_config(made.scheduler.config, **{key: 2.5})
+    expected = Sampler(made, Generate(steps=6, guidance=1.0, width=32, height=32)).denoise(texts(made), SEEDS)
+    assert torch.equal(found, expected)
+    steps = sampling.walk(draw.pipe, *conditions(made), drawn(made)[0], 6, 1.0)
+    torch.testing.assert_close(last(steps).x, expected, atol=1e-4, rtol=0)
+
+
+def test_a_shift_that_a_scheduler_does_not_have_is_refused(tmp_path: Path, stable_diffusion: Path) -> None:
+    with pytest.raises(WinnowError, match="this model predicts epsilon; set it to null"):
+        Sampler(models.load(str(stable_diffusion)), Generate(shift=2.0))
+    flux = models.load(str(pipelines.build("flux", tmp_path / "flux")))
+    flux.scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
+    with pytest.raises(WinnowError, match="DPMSolverMultistepScheduler shifts by the image's size; set it to null"):
+        Sampler(flux, Generate(shift=2.0))
