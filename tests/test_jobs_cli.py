@@ -204,6 +204,8 @@ def test_demo_ends_with_the_path_of_its_report(tmp_path: Path, winnow: Winnow) -
 
 
 def test_study_writes_its_figures(tmp_path: Path, winnow: Winnow) -> None:
+    from jobs.study import METRICS
+
     small = {"generate.images_per_prompt": 2, "select.keep": 1, "train.lr_warmup": 1}
     where = ("study", "--store", tmp_path / "study", "--out", tmp_path / "out", "--seeds", 2, "--rounds", 1)
     arms = {"arms.naive.generate.images_per_prompt": 2, "reference.images_per_prompt": 2}
@@ -216,7 +218,7 @@ def test_study_writes_its_figures(tmp_path: Path, winnow: Winnow) -> None:
         assert len(row["values"]) == 2 and row["mean"] == pytest.approx(sum(row["values"]) / 2)
         assert row["se"] == pytest.approx(abs(row["values"][0] - row["values"][1]) / 2, rel=1e-9, abs=1e-12)
     pictures = [line for line in page.split("(") if ".svg)" in line]
-    assert len(pictures) == 4
+    assert len(pictures) == len(METRICS)
     for picture in pictures:
         assert (tmp_path / "out" / picture.partition(")")[0]).read_text().startswith("<svg")
 
@@ -225,7 +227,7 @@ def test_studies_share_their_runs_and_play_only_what_is_lacking(
     tmp_path: Path, winnow: Winnow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from jobs import studies
-    from jobs.study import arm_of, key_of
+    from jobs.study import METRICS, arm_of, key_of
 
     replace, small = {"export": {"accumulate": False}}, {"select": {"keep": 1}}
     one = studies.Study("Which is it?", "Nothing.", {"both": {}, "last": replace}, 1, small)
@@ -242,7 +244,8 @@ def test_studies_share_their_runs_and_play_only_what_is_lacking(
     ends = {key: {row["metric"]: row["value"] for row in run["rows"] if row["round"] == 1} for key, run in runs.items()}
     sets = [(key.split("."), value) for key, value in (TINY | tiny).items()]
     both, last = (ends[key_of(arm_of(one, arm, 0, sets))]["diversity"] for arm in one.arms)
-    [line] = [line for line in page.splitlines() if line.startswith("| last | ") and line.count("|") == 6]
+    bars = len(METRICS) + 2
+    [line] = [line for line in page.splitlines() if line.startswith("| last | ") and line.count("|") == bars]
     assert float(line.split("|")[-2]) == pytest.approx(last - both, abs=0.1)
     # Nothing is played again.
     (tmp_path / "study").rename(tmp_path / "gone")

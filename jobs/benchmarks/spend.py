@@ -36,7 +36,7 @@ TILES = 24
 def opened(home: Path, settings: dict[str, Any], of: int | None) -> Run:
     """The store of these images; ``of``: how many prompts, null: all."""
     whole = {"prompts.held_out": 0.001, "refine.model": MODEL}
-    whole |= {"generate.prompts": of, "generate.batch": 192, "generate.steps": STEPS}
+    whole |= {"generate.prompts": of, "generate.batch": 192, "generate.steps": STEPS, "generate.shift": None}
     whole |= {f"generate.{key}": value for key, value in settings.items()}
     recipe = recipes.override(recipes.load(MODEL), [(key.split("."), value) for key, value in whole.items()])
     run = Run(create(home / f"sampled-{digest([whole, recipe.seed], 8)}"), recipe.for_arm("curated"))
