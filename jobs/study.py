@@ -67,8 +67,9 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -
 def _told(recipe: Recipe) -> str:
     """The settings that a table of figures must name."""
     made, kept, trained = recipe.generate, recipe.select, recipe.train
-    return (f"{made.steps} sampling steps, {kept.policy} {kept.keep} of {made.images_per_prompt}, {trained.steps} "
-            f"training steps at {trained.lr:g}")  # fmt: skip
+    shift = "" if made.shift is None else f" shifted by {made.shift:g}"
+    return (f"{made.steps} sampling steps{shift}, {kept.policy} {kept.keep} of {made.images_per_prompt}, "
+            f"{trained.steps} training steps at {trained.lr:g}")  # fmt: skip
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
