@@ -28,8 +28,8 @@ class Sampler:
         from jobs.families import Conditions
         from jobs.sampling import shifted
 
-        pipe = pipe if settings.shift is None else shifted(pipe, settings.shift)
-        self.pipe, self.settings = pipe, settings
+        self.pipe = pipe if settings.shift is None else shifted(pipe, settings.shift)
+        self.settings = settings
         self.conditions = Conditions(pipe, texts, forget=True)
         self.turn = RLock()  # a pipeline's scheduler counts its steps: one batch at a time
         self.halves = Halves("generate", "lower generate.width and height, or take a smaller model or generate.dtype")

@@ -105,8 +105,7 @@ def shifted(pipe: Any, shift: float) -> Any:
         why = "shifts by the image's size" if sized else "has no shift"
         raise WinnowError(f"generate.shift: the model's {name} {why}; set it to null")
     other = copy(pipe)
-    fixed = {key: shift} | ({"use_dynamic_shifting": False} if sized else {})
-    other.scheduler = scheduler.from_config(scheduler.config, **fixed)
+    other.scheduler = scheduler.from_config(scheduler.config, **{key: shift}, use_dynamic_shifting=False)
     return other
 
 
