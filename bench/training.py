@@ -25,7 +25,7 @@ from jobs.training.cache import Example, build
 from jobs.training.loop import fine_tune
 from jobs.world.scenes import all_captions
 
-ROWS, STEPS, BATCH = 512, 48, 64
+ROWS, STEPS, BATCH, TURNS = 512, 48, 64, 11
 
 
 def examples() -> list[Example]:
@@ -96,6 +96,6 @@ def run() -> list[Ratio]:
             waited.append(fine_tune(pipe, build(pipe, rows, folder / "cache"), settings, 0, folder / "state"))
 
         what = f"{STEPS} steps of {BATCH} rows; {{:.2%}} of ours was waiting for data"
-        found = compare("training, from the cache / plain loop", what, ours, lambda: plain(rows, settings))
+        found = compare("training, from the cache / plain loop", what, ours, lambda: plain(rows, settings), TURNS)
     share = float(np.median(waited)) / found.ours
     return [Ratio(**{**vars(found), "what": what.format(share)})]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from jobs.families import Condition, family
 from jobs.objective import Objective, objective
 from jobs.progress import bar
 from jobs.training.cache import Cache
+from jobs.training.lanes import Lanes
 from jobs.training.loader import Loader, batches
 from jobs.training.state import State
 from schemas.errors import WinnowError
@@ -121,15 +123,16 @@ class Trainer:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.state = State(self.parameters, self.average, self.optimiser)
+        self.lanes = Lanes(pipe, self.family)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of these rows, and each row's own mean square [N]."""
+    def loss(self, batch: Batch, pipe: Any = None) -> tuple[Tensor, Tensor]:
+        """The loss of these rows, and each row's own mean square [N]; by the twin ``pipe`` of a lane."""
         settings, goal = self.settings, self.objective
         t = batch.t
         noisy, target = goal.noisy(batch.latents, batch.noise, t), goal.target(batch.latents, batch.noise, t)
         precision = getattr(torch, settings.precision) if settings.precision else devices.dtype()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            prediction = self.family.predict(self.pipe, noisy, t, batch.told)
+            prediction = self.family.predict(pipe or self.pipe, noisy, t, batch.told)
         weights = batch.weights if settings.min_snr is None else batch.weights * goal.min_snr(t, settings.min_snr)
         return weighted_loss(prediction, target, weights, batch.total)
 
@@ -159,6 +162,12 @@ class Trainer:
         told = self.data.conditions(rows, np.zeros(LOOKS, bool))
         return Batch(rows, self.data.latents(rows), noise, t, told, torch.ones(LOOKS), LOOKS)
 
+    def _passes(self, batch: Batch, pipe: Any, rows: slice) -> tuple[Tensor, Tensor]:
+        """Forth and back for some rows of the batch."""
+        loss, each = self.loss(batch.part(rows, self.device), pipe)
+        loss.backward()
+        return loss.detach(), each
+
     def step(self, step: int, batch: Batch) -> float:
         """One step of the optimiser; returns the whole batch's loss."""
         settings = self.settings
@@ -166,13 +175,12 @@ class Trainer:
             some["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
         self.optimiser.zero_grad()
         total, bad = torch.zeros((), device=self.device), []
-        size = settings.micro_batch or len(batch.rows)
-        for start in range(0, len(batch.rows), size):
-            part = batch.part(slice(start, start + size), self.device)
-            loss, each = self.loss(part)
-            loss.backward()
-            total += loss.detach()
-            bad.append(each)
+        n = len(batch.rows)
+        size = settings.micro_batch or n
+        for start in range(0, n, size):
+            for loss, each in self.lanes(partial(self._passes, batch), slice(start, min(start + size, n))):
+                total += loss
+                bad.append(each)
         value = float(self._sum([total])[0])
         if not math.isfinite(value):
             self._refuse(step, value, batch.rows[~torch.cat(bad).isfinite().cpu().numpy()])

@@ -1,0 +1,62 @@
+"""Lanes: on a CPU, the passes of two halves of a batch run side by side.
+
+A small model's passes are many small operations. Handed out to all cores one after another, each ends with cores that
+wait; two threads that take half of the rows each, with half of the cores, wait for each other once a step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from jobs.families import Family
+
+T = TypeVar("T")
+
+
+class Lanes:
+    """A pipeline whose denoiser is trained, and a twin of it where there are cores for two: the twin's parameters are
+    the same memory, its gradients its own until they are added.
+
+    On a GPU, or with one thread, there is no twin.
+    """
+
+    def __init__(self, pipe: Any, family: Family) -> None:
+        model = family.model(pipe)
+        self.pipes, self.cores = [pipe], torch.get_num_threads()
+        if next(model.parameters()).device.type != "cpu" or self.cores == 1:
+            return
+        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+        shared |= {id(buffer): buffer for buffer in model.buffers()}
+        twin = copy.copy(pipe)
+        setattr(twin, family.denoiser, copy.deepcopy(model, shared))
+        self.pipes.append(twin)
+        self.pairs = [(p, shared[id(p)]) for p in model.parameters() if p.requires_grad]
+        self.other = ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self.cores // 2,))
+
+    def __call__(self, work: Callable[[Any, slice], T], rows: slice) -> list[T]:
+        """What ``work`` (pipeline, rows) gives for each lane's share of the rows, in their order; the gradients that it
+        leaves are then the pipeline's own, those of both added."""
+        if len(self.pipes) == 1 or rows.stop - rows.start < 2:
+            return [work(self.pipes[0], rows)]
+        middle = (rows.start + rows.stop + 1) // 2
+        second = self.other.submit(work, self.pipes[1], slice(middle, rows.stop))
+        torch.set_num_threads(self.cores - self.cores // 2)
+        try:
+            first = work(self.pipes[0], slice(rows.start, middle))
+        finally:
+            torch.set_num_threads(self.cores)
+        made = [first, second.result()]
+        self._add()
+        return made
+
+    def _add(self) -> None:
+        both = [(own.grad, other.grad) for own, other in self.pairs if own.grad is not None and other.grad is not None]
+        torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        for _, other in self.pairs:
+            other.grad = None
