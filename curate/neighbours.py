@@ -64,11 +64,11 @@ def prepare(ref: Floats, unit: bool = False, index: str = "exact", seed: int = 0
 
 
 def _centre(ref: Floats, length: Float64s | None) -> Floats | None:
-    """The mean of the rows; None where they lie around the origin, so that next to nothing cancels and no row needs to
-    be copied."""
-    centre = rows.mean(ref, length).astype(np.float32)
+    """The mean of some rows, which is near enough to the middle of them all; None where they lie around the origin, so
+    that next to nothing cancels and no row needs to be copied."""
     every = slice(None, None, -(-len(ref) // PROBES))
     some = rows.exact(ref[every], None if length is None else length[every])
+    centre = some.mean(axis=0).astype(np.float32)
     return centre if 2 * np.vdot(centre, centre) > np.mean(np.vecdot(some, some)) else None
 
 
@@ -151,10 +151,11 @@ def _pieces(dim: int) -> int:
 
 
 def _flat(query: Floats, ref: Reference, k: int) -> Ints:
-    """All pairs, a tile of the reference at a time: never the reference in float32 at once, never [N, M]."""
+    """All pairs, never [N, M] at once; a tile of the reference at a time where it has to be copied."""
     best = np.empty((len(query), 0), np.int64)
     near = np.empty((len(query), 0), np.float32)
-    for tile in tiles(len(ref.rows), 4 * ref.rows.shape[1], TILE_BYTES // 4):
+    copied = not (ref.centre is None and ref.length is None and rows.plain(ref.rows))
+    for tile in tiles(len(ref.rows), 4 * ref.rows.shape[1] if copied else 0, TILE_BYTES // 4):
         others = rows.centred(ref.rows[tile], ref.centre, None if ref.length is None else ref.length[tile])
         squared, found = faiss.knn(query, others, min(k, len(others)))
         best, near = np.hstack([best, found + tile.start]), np.hstack([near, squared])
