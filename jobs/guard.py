@@ -10,7 +10,7 @@ from pydantic import Field
 
 from curate import guard as rule
 from curate.alarm import alarms
-from curate.drift import Interval
+from curate.drift import Interval, Z
 from jobs.evaluate import LOOKS, held_out
 from jobs.progress import say
 from jobs.run import Run
@@ -55,7 +55,7 @@ def history(run: Run) -> list[rule.Measure]:
                 f"evaluations: round {number} of arm {run.arm!r} has no {missing!r}; set guard.metric to a metric that "
                 "is measured, or run 'winnow evaluate' first"
             )
-        error = (deciding["ci_high"] - deciding["ci_low"]) / 3.92  # a 95 % interval is 2 × 1.96 standard errors wide
+        error = (deciding["ci_high"] - deciding["ci_low"]) / (2 * Z)
         measures.append(rule.Measure(number, sign * deciding["value"], error, spread["value"]))
     return measures
 
