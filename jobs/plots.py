@@ -12,12 +12,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from jobs.metrics import half_width, name_of, percent
 
-COLOURS = ("#3584e4", "#e66100", "#9141ac", "#2a9d76", "#c64600", "#77767b")
+COLOURS = ("#3584e4", "#e66100", "#9141ac", "#2a9d76", "#d6336c", "#77767b")
 GREY = "#8b8b90"
 LONGEST = 44  # letters of a title that fit
 LONGEST_STAGES = 8  # bars that fit
@@ -54,16 +57,32 @@ def _axes(title: str, subtitle: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure) -> None:
-    """Below the axes, where it hides nothing."""
-    figure.legend(loc="lower right", bbox_to_anchor=(0.98, -0.02), ncols=4, handlelength=1.2, columnspacing=1.2)
+    """Below the axes, where it hides nothing: in one row beside their name, or in rows of its own below it."""
+    count = len(figure.axes[0].get_legend_handles_labels()[1])
+    for columns in range(count, 0, -1):
+        top, room = (0.11, 0.78) if columns == count else (0.05, 0.97)
+        legend = figure.legend(
+            loc="upper right", bbox_to_anchor=(0.98, top), ncols=columns, handlelength=1.2, columnspacing=1.2
+        )
+        if columns == 1 or _inches(figure, legend).width <= room * figure.get_figwidth():
+            return
+        legend.remove()
+
+
+def _inches(figure: Figure, legend: Legend) -> Bbox:
+    pixels = legend.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    return Bbox(pixels.get_points() / figure.dpi)
 
 
 def _uri(figure: Figure) -> str:
     out = io.StringIO()
+    # A legend of many rows goes on below the figure, which then ends lower.
+    bottom = min([0.0, *(_inches(figure, legend).y0 for legend in figure.legends)])
+    whole = Bbox.from_extents(0, bottom, *figure.get_size_inches())
     with warnings.catch_warnings():
         # Text stays text: it is the browser's fonts that must have the letters, not Matplotlib's.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", transparent=True, bbox_inches=whole, metadata={"Date": None, "Creator": None})
     text = out.getvalue().replace(INK, "currentColor")
     start = text.index(">", text.index("<svg")) + 1
     # The head names DTDs by their address: nothing fetches them, and nothing needs them.

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from jobs import recipe as recipes
 from jobs import summary as summaries
+from jobs.plots import Line, curve
 from jobs.report import renew, report, thinned
 from jobs.run import Run
 from jobs.votes import cast, strengths
@@ -585,3 +587,18 @@ def test_a_browser_opens_it_without_complaint(
     assert saved.value.suggested_filename.endswith(".svg")
     assert Path(saved.value.path()).read_text().startswith("<svg")
     context.close()
+
+
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_a_legend_of_many_arms_hides_nothing_and_is_whole(count: int) -> None:
+    lines = [Line(f"the arm of number {n}", [0, 1], [1.0, n], [0.1, 0.1]) for n in range(count)]
+    svg = ET.fromstring(base64.b64decode(curve("Accuracy", "judged", lines).partition(",")[2]))
+    height = float(svg.attrib["viewBox"].split()[3])
+    at = {}
+    for one in svg.iter("{http://www.w3.org/2000/svg}text"):
+        at["".join(one.itertext())] = (float(one.attrib["x"]), float(one.attrib["y"]))
+    named = [at[line.name] for line in lines]
+    assert all(x > 0 and y < height for x, y in named)
+    assert len(set(named)) == count
+    left, low = at["round"]
+    assert all(y > low and (x > left + 30 or y > low + 8) for x, y in named)
