@@ -73,6 +73,13 @@ def test_training_on_two_cores_repeats_to_the_bit(stable_diffusion: Path, tmp_pa
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+def test_a_model_with_dropout_is_not_shared_out(stable_diffusion: Path, two: None) -> None:
+    pipe = models.load(str(stable_diffusion))
+    assert len(Lanes(pipe, family(pipe)).pipes) == 2
+    next(module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)).p = 0.1
+    assert len(Lanes(pipe, family(pipe)).pipes) == 1
+
+
 @pytest.mark.parametrize("bad", [0, 3])
 def test_an_error_in_either_half_is_raised_and_the_cores_come_back(
     stable_diffusion: Path, two: None, bad: int

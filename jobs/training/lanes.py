@@ -23,13 +23,15 @@ class Lanes:
     """A pipeline whose denoiser is trained, and a twin of it where there are cores for two: the twin's parameters are
     the same memory, its gradients its own until they are added.
 
-    On a GPU, or with one thread, there is no twin.
+    There is no twin on a GPU, with one thread, or of a model with dropout, whose masks two threads would draw in no
+    fixed order.
     """
 
     def __init__(self, pipe: Any, family: Family) -> None:
         model = family.model(pipe)
         self.pipes, self.cores = [pipe], torch.get_num_threads()
-        if next(model.parameters()).device.type != "cpu" or self.cores == 1:
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        if next(model.parameters()).device.type != "cpu" or self.cores == 1 or drops:
             return
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
         shared |= {id(buffer): buffer for buffer in model.buffers()}
