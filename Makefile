@@ -93,7 +93,7 @@ base: $(READY) ## build the models of the embedded default (DATA=mnist_train.npz
 	$(WINNOW) base --data "$(DATA)" $(ARGS)
 study: $(READY) ## confirm the effect: three seeds, eight rounds, into results/
 	$(WINNOW) study $(ARGS)
-study-ablation: $(READY) ## what each part of the round does (three seeds, three rounds, smaller; so the next four)
+study-ablation: $(READY) ## what each part of the round does (three seeds, three rounds, smaller; so the next five)
 	$(WINNOW) study ablation $(ARGS)
 study-size: $(READY) ## how many samples a round should select
 	$(WINNOW) study size $(ARGS)
@@ -103,7 +103,7 @@ study-accumulation: $(READY) ## train on the selections of all rounds, or on the
 	$(WINNOW) study accumulation $(ARGS)
 study-reference: $(READY) ## a share of D_0 beside the selection
 	$(WINNOW) study reference $(ARGS)
-study-mix: $(READY) ## what each choice of the embedded default does, at its full size
+study-mix: $(READY) ## what another choice does in the place of one of the default's
 	$(WINNOW) study mix $(ARGS)
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)

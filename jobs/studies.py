@@ -69,18 +69,16 @@ STUDIES = {
         {"0": {}, **{f"{share:g}": {"export": {"reference_share": share}} for share in (0.25, 0.5, 1.0)}},
     ),
     "mix": Study(
-        "What does each choice of the embedded default do?",
+        "What would another choice do in the place of one of the default's?",
         "Not asked.",
         {
-            "the default": {}, "even sampling steps": {"generate": {"shift": None}},
-            "32 sampling steps": {"generate": {"steps": 32}}, "the best 4 of 32": {"select": {"keep": 4}},
-            "the best 16 of 32": {"select": {"keep": 16}},
-            "any 8 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.88}}},
-            "twice the training": {"train": {"steps": 1700}}, "a third of the rate": {"train": {"lr": 3e-4}},
+            "the default": {}, "any 5 of the better half": {"select": {"policy": "quantile_band"}},
+            "a quota for each cluster": {"select": {"policy": "diverse", "space": "scene-clip", "budget": 720}},
+            "any 5 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.88}}},
+            "Neon, w = 0.1": {"train": {"neon": 0.1, "neon_on": "candidates"}},
             "Neon, w = 0.5": {"train": {"neon": 0.5, "neon_on": "candidates"}},
+            "even sampling steps": {"generate": {"shift": None}}, "twice the training": {"train": {"steps": 850}},
         },
-        rounds=2,
-        common={},
     ),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from test_training_resume import train_and_save
 
 from jobs import models
 from jobs.families import family
+from jobs.training.flat import Flat
 from jobs.training.lanes import Lanes
 
 __all__ = ["folder"]
@@ -58,8 +59,8 @@ def test_the_twin_has_the_same_parameters_and_takes_every_step(folder: Path, tmp
     own, twin = (family(pipe).model(pipe) for pipe in both.lanes.pipes)
     assert own is both.model and twin is not own
     for (name, p), (other, q) in zip(own.named_parameters(), twin.named_parameters(), strict=True):
-        assert name == other and p.data_ptr() == q.data_ptr() and q.grad is None
-    moved = [(p - b).abs().max() for p, b in zip(both.parameters, models.load(str(folder)).unet.parameters(),
+        assert name == other and p.data_ptr() == q.data_ptr() and not q.grad.any()
+    moved = [(p - b).abs().max() for p, b in zip(both.flat.parameters, models.load(str(folder)).unet.parameters(),
                                                  strict=True)]  # fmt: skip
     assert max(moved) > 1e-3
     assert both.pipe.unet is own and both.pipe.config["unet"] == models.load(str(folder)).config["unet"]
@@ -73,19 +74,21 @@ def test_training_on_two_cores_repeats_to_the_bit(stable_diffusion: Path, tmp_pa
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+def lanes_of(pipe: Any) -> Lanes:
+    return Lanes(pipe, family(pipe), Flat(list(pipe.unet.parameters())))
+
+
 def test_a_model_with_dropout_is_not_shared_out(stable_diffusion: Path, two: None) -> None:
     pipe = models.load(str(stable_diffusion))
-    assert len(Lanes(pipe, family(pipe)).pipes) == 2
+    assert len(lanes_of(pipe).pipes) == 2
     next(module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)).p = 0.1
-    assert len(Lanes(pipe, family(pipe)).pipes) == 1
+    assert len(lanes_of(pipe).pipes) == 1
 
 
 @pytest.mark.parametrize("bad", [0, 3])
-def test_an_error_in_either_half_is_raised_and_the_cores_come_back(
-    stable_diffusion: Path, two: None, bad: int
-) -> None:
+def test_an_error_in_either_half_is_raised_and_the_cores_come_back(stable_diffusion: Path, two: None, bad: int) -> None:
     pipe = models.load(str(stable_diffusion))
-    lanes = Lanes(pipe, family(pipe))
+    lanes = lanes_of(pipe)
     seen = []
 
     def work(pipe: Any, rows: slice) -> int:
@@ -102,10 +105,10 @@ def test_an_error_in_either_half_is_raised_and_the_cores_come_back(
 
 def test_samples_are_in_their_order_and_a_single_one_is_not_shared_out(stable_diffusion: Path, two: None) -> None:
     pipe = models.load(str(stable_diffusion))
-    lanes = Lanes(pipe, family(pipe))
+    lanes = lanes_of(pipe)
     for p in lanes.pipes:
         for q in family(p).model(p).parameters():
-            q.grad = torch.ones_like(q)
+            q.grad.fill_(1)
 
     def work(pipe: Any, rows: slice) -> tuple[Any, list[int], int]:
         return pipe, list(range(rows.start, rows.stop)), torch.get_num_threads()

@@ -74,7 +74,7 @@ def gradient(trainer: Trainer, rows: list[int], **changed: Any) -> torch.Tensor:
     found = []
 
     def take() -> None:
-        found.append(torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None]).clone())
+        found.append(torch.cat([p.grad.flatten() for p in trainer.flat.parameters if p.grad is not None]).clone())
 
     trainer.optimiser.step = take  # type: ignore[method-assign]
     trainer.step(0, batch)
@@ -156,7 +156,7 @@ def test_bfloat16_keeps_its_weights_in_float32(folder: Path, tmp_path: Path) -> 
     exact = gradient(start(folder, tmp_path, [1.0] * 4, precision="float32"), [0, 1, 2, 3])
     trainer = start(folder, tmp_path, [1.0] * 4, precision="bfloat16")
     rounded = gradient(trainer, [0, 1, 2, 3])
-    assert {p.dtype for p in trainer.parameters} == {torch.float32} and rounded.dtype == torch.float32
+    assert {p.dtype for p in trainer.flat.parameters} == {torch.float32} and rounded.dtype == torch.float32
     apart = (rounded - exact).norm() / exact.norm()
     assert 1e-4 < apart < 0.05
 
@@ -249,8 +249,8 @@ def test_weights_that_a_step_spoils_are_never_kept(stable_diffusion: Path, tmp_p
 
 def test_a_gradient_that_is_none_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:
     trainer = start(stable_diffusion, tmp_path, [1.0] * 4)
-    before = [p.detach().clone() for p in trainer.parameters]
-    trainer.parameters[3].register_hook(lambda gradient: gradient * float("inf"))
+    before = [p.detach().clone() for p in trainer.flat.parameters]
+    trainer.flat.parameters[3].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(WinnowError, match=r"the gradient is (nan|inf) at step 0, with a loss of [0-9.]+; what"):
         trainer.step(0, trainer.batch(0, np.arange(4)))
-    assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(trainer.flat.parameters, before, strict=True))

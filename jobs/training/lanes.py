@@ -15,19 +15,20 @@ import torch
 from torch import nn
 
 from jobs.families import Family
+from jobs.training.flat import Flat, flat_gradient
 
 T = TypeVar("T")
 
 
 class Lanes:
-    """A pipeline whose denoiser is trained, and a twin of it where there are cores for two: the twin's parameters are
-    the same memory, its gradients its own until they are added.
+    """A pipeline whose denoiser is trained (``flat``: what of it), and a twin of it where there are cores for two: the
+    twin's parameters are the same memory, its gradients its own until they are added.
 
     There is no twin on a GPU, with one thread, or of a model with dropout, whose masks two threads would draw in no
     fixed order.
     """
 
-    def __init__(self, pipe: Any, family: Family) -> None:
+    def __init__(self, pipe: Any, family: Family, flat: Flat) -> None:
         model = family.model(pipe)
         self.pipes, self.cores = [pipe], torch.get_num_threads()
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
@@ -38,7 +39,7 @@ class Lanes:
         twin = copy.copy(pipe)
         setattr(twin, family.denoiser, copy.deepcopy(model, shared))
         self.pipes.append(twin)
-        self.pairs = [(p, shared[id(p)]) for p in model.parameters() if p.requires_grad]
+        self.gradients = [flat.whole.grad, flat_gradient([shared[id(p)] for p in flat.parameters])]
         self.other = ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self.cores // 2,))
 
     def __call__(self, work: Callable[[Any, slice], T], rows: slice) -> list[T]:
@@ -58,7 +59,6 @@ class Lanes:
         return made
 
     def _add(self) -> None:
-        both = [(own.grad, other.grad) for own, other in self.pairs if own.grad is not None and other.grad is not None]
-        torch._foreach_add_(*map(list, zip(*both, strict=True)))
-        for _, other in self.pairs:
-            other.grad = None
+        own, other = self.gradients
+        own += other
+        other.zero_()

@@ -34,6 +34,7 @@ from jobs.families import Condition, family
 from jobs.objective import Objective, objective
 from jobs.progress import bar
 from jobs.training.cache import Cache
+from jobs.training.flat import Flat
 from jobs.training.lanes import Lanes
 from jobs.training.loader import Loader, batches
 from jobs.training.state import State
@@ -116,14 +117,13 @@ class Trainer:
         if settings.checkpointing:
             self.model.enable_gradient_checkpointing()
         self.device = next(self.model.parameters()).device
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.flat = Flat([p for p in self.model.parameters() if p.requires_grad])
+        self.weights = self.flat.whole
         # Without an average the weights stand for it.
-        self.average = [p.detach().clone() if settings.ema else p.detach() for p in self.parameters]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-        self.state = State(self.parameters, self.average, self.optimiser)
-        self.lanes = Lanes(pipe, self.family)
+        self.average = self.weights.detach().clone() if settings.ema else self.weights.detach()
+        self.optimiser = torch.optim.AdamW([self.weights], settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self.state = State(self.weights, self.average, self.optimiser)
+        self.lanes = Lanes(pipe, self.family, self.flat)
 
     def loss(self, batch: Batch, pipe: Any = None) -> tuple[Tensor, Tensor]:
         """The loss of these rows, and each row's own mean square [N]; by the twin ``pipe`` of a lane."""
@@ -173,20 +173,19 @@ class Trainer:
         settings = self.settings
         for some in self.optimiser.param_groups:
             some["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
-        self.optimiser.zero_grad()
-        total, bad = torch.zeros((), device=self.device), []
+        self.optimiser.zero_grad(set_to_none=False)
+        total, bad = torch.zeros(1, device=self.device), []
         n = len(batch.rows)
         size = settings.micro_batch or n
         for start in range(0, n, size):
             for loss, each in self.lanes(partial(self._passes, batch), slice(start, min(start + size, n))):
                 total += loss
                 bad.append(each)
-        value = float(self._sum([total])[0])
+        value = float(self._sum(total))
         if not math.isfinite(value):
             self._refuse(step, value, batch.rows[~torch.cat(bad).isfinite().cpu().numpy()])
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._sum(gradients)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip))
+        self._sum(self.weights.grad)
+        norm = float(nn.utils.clip_grad_norm_([self.weights], settings.clip))
         if not math.isfinite(norm):
             raise WinnowError(
                 f"train: the gradient is {norm} at step {step}, with a loss of {value:.4g}; what was kept before "
@@ -195,12 +194,12 @@ class Trainer:
         self.optimiser.step()
         if settings.ema:
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - min(settings.ema, (1 + step) / (10 + step)))
+                self.average.lerp_(self.weights, 1 - min(settings.ema, (1 + step) / (10 + step)))
         return value
 
     def check(self, step: int) -> None:
         """WinnowError where a step has spoilt the weights: such a state is neither kept nor the end."""
-        if not all(bool(p.isfinite().all()) for p in (*self.parameters, *self.average)):
+        if not all(bool(whole.isfinite().all()) for whole in (self.weights, self.average)):
             raise WinnowError(
                 f"train: weights are not finite after step {step}; what was kept before stays; lower train.lr"
             )
@@ -213,44 +212,34 @@ class Trainer:
             "at these samples"
         )
 
-    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _sum(self, whole: Tensor) -> Tensor:
         """Summed over the processes, in place."""
-        if self.group.num_processes == 1:
-            return tensors
-        from accelerate.utils import reduce
+        if self.group.num_processes > 1:
+            from accelerate.utils import reduce
 
-        start = 0
-        while start < len(tensors):  # many small tensors in one message
-            end, size = start + 1, tensors[start].numel()
-            while end < len(tensors) and size + tensors[end].numel() <= AT_ONCE:
-                size += tensors[end].numel()
-                end += 1
-            some = tensors[start:end]
-            flat = reduce(torch.cat([tensor.flatten() for tensor in some]), "sum")
-            for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
-                tensor.copy_(summed.view_as(tensor))
-            start = end
-        return tensors
+            for part in whole.split(AT_ONCE):
+                part.copy_(reduce(part, "sum"))
+        return whole
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the model has the weights that training would end with."""
-        held = [p.detach().clone() for p in self.parameters] if self.settings.ema else []
+        held = self.weights.detach().clone() if self.settings.ema else None
         self.take_average()
         self.model.eval()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, before in zip(self.parameters if held else [], held, strict=True):
-                    parameter.copy_(before)
+            if held is not None:
+                with torch.no_grad():
+                    self.weights.copy_(held)
             self.model.train()
 
     @torch.no_grad()
     def take_average(self) -> None:
         """Give the model the averaged weights."""
         if self.settings.ema:
-            torch._foreach_copy_(self.parameters, self.average)
+            self.weights.copy_(self.average)
 
 
 #: Called after each step with the trainer, the number of steps done and the step's loss.
@@ -288,5 +277,6 @@ def fine_tune(
                 watch(trainer, done, loss)
     trainer.check(settings.steps)
     trainer.take_average()
+    trainer.flat.release()
     trainer.model.eval()
     return loader.waited / max(time.perf_counter() - begun, 1e-9)

@@ -24,30 +24,26 @@ def draft_of(file: Path) -> Path:
 
 @dataclass(frozen=True)
 class State:
-    """The trained weights, their moving average and AdamW's moments, each in the order of ``parameters``."""
+    """The trained weights [n], their moving average and AdamW's moments."""
 
-    parameters: list[nn.Parameter]
-    average: list[Tensor]
+    weights: nn.Parameter
+    average: Tensor
     optimiser: torch.optim.AdamW
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {}
-        for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
-            found[f"parameter.{i}"] = parameter.detach()
-            if average.data_ptr() != parameter.data_ptr():
-                found[f"average.{i}"] = average
-            moments = self.optimiser.state.get(parameter, {})  # a weight that no gradient reached has none
-            found |= {f"{name}.{i}": moments[name] for name in MOMENTS if name in moments}
-        return found
+        found = {"weights": self.weights.detach()}
+        if self.average.data_ptr() != self.weights.data_ptr():
+            found["average"] = self.average
+        moments = self.optimiser.state[self.weights]  # there are none before the first step
+        return found | {name: moments[name] for name in MOMENTS if name in moments}
 
     def keep(self, file: Path, step: int) -> None:
         """Write all of it, and that ``step`` steps are done, in place of the last state: the file is always whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = draft_of(file)
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         try:
             with storage_errors(file.parent, file.name):
-                save_file(tensors, draft, metadata={"step": str(step)})
+                save_file(self._tensors(), draft, metadata={"step": str(step)})
                 with open(draft, "rb") as written:
                     os.fsync(written.fileno())
             os.replace(draft, file)
@@ -62,17 +58,16 @@ class State:
         try:
             with safe_open(file, "pt") as kept:
                 step, names = int(kept.metadata()["step"]), set(kept.keys())
-                for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
-                    parameter.copy_(kept.get_tensor(f"parameter.{i}"))
-                    if average.data_ptr() != parameter.data_ptr():
-                        average.copy_(kept.get_tensor(f"average.{i}"))
-                    if f"{MOMENTS[0]}.{i}" in names:
-                        moments = {name: kept.get_tensor(f"{name}.{i}").to(parameter.device) for name in MOMENTS}
-                        # A fused AdamW counts on the device of its weights.
-                        self.optimiser.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)}
-                        self.optimiser.state[parameter] |= moments
-                if len(names) != len(self._tensors()):
-                    raise ValueError(f"it holds {len(names)} tensors, this model {len(self._tensors())}")
+                if MOMENTS[0] in names:
+                    moments = {name: kept.get_tensor(name).to(self.weights.device) for name in MOMENTS}
+                    # A fused AdamW counts on the device of its weights.
+                    count = torch.tensor(float(step), device=self.weights.device)
+                    self.optimiser.state[self.weights] = {"step": count, **moments}
+                if names != (ours := self._tensors()).keys():
+                    raise ValueError(f"it holds {', '.join(sorted(names))}")
+                for name, tensor in ours.items():
+                    if name not in MOMENTS:
+                        tensor.copy_(kept.get_tensor(name))
             return step
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
