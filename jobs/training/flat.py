@@ -27,10 +27,13 @@ class Flat:
     def release(self) -> None:
         """Give each parameter memory of its own again, and no gradient. RuntimeError where one had left the whole, by a
         move or a change of its layout: steps did not reach it."""
+        self.whole.grad = None  # first, so that its memory serves the copies
+        for parameter in self.parameters:
+            parameter.grad = None
         for parameter, view in zip(self.parameters, self.views, strict=True):
             if parameter.data_ptr() != view.data_ptr():
                 raise RuntimeError("a parameter was moved while it was trained: the steps since then did not reach it")
-            parameter.data, parameter.grad = view.clone(), None
+            parameter.data = view.clone()
 
 
 def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
