@@ -27,11 +27,14 @@ from jobs.run import Run
 from jobs.studies import Study, named
 from jobs.summary import real_figures
 from schemas import ids
+from schemas.errors import WinnowError
 from storage.layout import create
 from storage.query import arrow
 
 METRICS = ("judge_accuracy", "fd_real", "kid_real", "fd_d0", "diversity")
 APART = {"name", "arms", "threads", "rounds", "guard", "tournament", "publish"}  # change no figure of a round
+BASE = {"model", "prompts", "generate", "reference", "embed", "score", "evaluate"}  # what the base's images hang on
+COUNTS = {"prompts", "images_per_prompt"}  # but these, which choose among them
 
 Settings = Sequence[tuple[list[str], Any]]
 
@@ -151,22 +154,32 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
                 key = key_of(recipe)
                 if len({row["round"] for row in runs.get(key, {}).get("rows", ())}) <= study.rounds:
                     wanted.setdefault((seed, key), recipe)
+    failed: WinnowError | None = None
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        firsts: dict[int, Future[None]] = {}
+        firsts: dict[Path, Future[None]] = {}
         for (seed, key), recipe in wanted.items():
-            if seed not in firsts:
-                firsts[seed] = pool.submit(_prepare, store / f"seed-{seed}", key, recipe)
+            home = _home(store, seed, recipe)
+            if home not in firsts:
+                firsts[home] = pool.submit(_prepare, home, key, recipe)
         for first in as_completed(firsts.values()):
             first.result()
-        played = {pool.submit(_loop, store / f"seed-{seed}", key, recipe): (seed, key)
+        played = {pool.submit(_loop, _home(store, seed, recipe), key, recipe): (seed, key)
                   for (seed, key), recipe in wanted.items()}  # fmt: skip
         for one in as_completed(played):
             seed, key = played[one]
-            runs[key] = {"seed": seed, "machine": machine(), "rows": one.result()}
+            try:
+                rows = one.result()
+            except WinnowError as error:  # the others took hours, too
+                failed = error
+                say(f"study: {key} of seed {seed} failed: {error}")
+                continue
+            runs[key] = {"seed": seed, "machine": machine(), "rows": rows}
             draft = file.with_suffix(".draft")
             draft.write_text(json.dumps(runs, indent=1) + "\n")
             draft.replace(file)
             say(f"study: {len(runs)} arms are there, {key} of seed {seed} is the last one")
+    if failed:
+        raise failed
     return [_write(name, study, runs, seeds, out, settings) for name, study in studies.items()]
 
 
@@ -183,6 +196,13 @@ def key_of(recipe: Recipe) -> str:
     """What an arm is known by: equal keys, equal figures, also after the recipes have got another setting."""
     told = recipe.model_dump(mode="json", exclude=APART, exclude_defaults=True)
     return ids.digest([models.revision(recipe.model), told], 12)
+
+
+def _home(store: Path, seed: int, recipe: Recipe) -> Path:
+    """Where an arm is played: with those of the same base, whose images are made and judged once."""
+    base = recipe.model_dump(mode="json", include=BASE)
+    base["generate"] = {name: value for name, value in base["generate"].items() if name not in COUNTS}
+    return store / f"seed-{seed}-{ids.digest(base, 8)}"
 
 
 def _run(home: Path, key: str, recipe: Recipe) -> Run:

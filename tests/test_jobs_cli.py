@@ -252,6 +252,22 @@ def test_studies_share_their_runs_and_play_only_what_is_lacking(
     assert winnow("study", "other", *where, *settings(tiny)).status == 0 and not (tmp_path / "study").exists()
 
 
+def test_an_arm_that_fails_costs_no_other_and_other_steps_have_a_base_of_their_own(
+    tmp_path: Path, winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import studies
+
+    arms = {"it": {}, "none": {"select": {"floors": {"scene-clip": 99.0}}}, "steps": {"generate": {"steps": 3}}}
+    monkeypatch.setattr(studies, "STUDIES", {"one": studies.Study("What?", "Nothing.", arms, 1, {})})
+    where = ("--store", tmp_path / "study", "--out", tmp_path / "out", "--seeds", 1, "--workers", 1)
+    few = {"generate.images_per_prompt": 2, "train.lr_warmup": 1, "reference.images_per_prompt": 2, "select.keep": 1}
+    said = winnow("study", "one", *where, *settings(few))
+    assert said.status == 2 and "floors {'scene-clip': 99.0} leave none" in said.err.splitlines()[-1]
+    runs = json.loads((tmp_path / "out" / "studies.json").read_text())
+    kinds = [{(row["round"], row["metric"]): row["value"] for row in run["rows"]} for run in runs.values()]
+    assert len(kinds) == 2 and kinds[0][0, "fd_real"] != kinds[1][0, "fd_real"]
+
+
 def test_an_unknown_study_is_refused_before_any_work(tmp_path: Path, winnow: Winnow) -> None:
     said = winnow("study", "effect", "colour", "--store", tmp_path / "study")
     assert said.status == 2 and "study 'colour': unknown; there are effect, ablation, " in said.err
