@@ -93,7 +93,8 @@ def picture(table: list[dict[str, Any]], metric: str, arms: Sequence[str] = ()) 
     for arm in arms or sorted({row["arm"] for row in table}):
         rows = [row for row in table if row["arm"] == arm and row["metric"] == metric]
         values, halves = [row["mean"] for row in rows], [row["se"] or 0.0 for row in rows]
-        lines.append(Line(arm, [row["round"] for row in rows], values, halves))
+        if rows:  # an arm may not be played yet
+            lines.append(Line(arm, [row["round"] for row in rows], values, halves))
     ceiling = real_figures(recipes.load("embedded")).get(metric)
     uri = curve(name_of(metric), "mean over the seeds ± standard error", lines, ceiling)
     return base64.b64decode(uri.partition(",")[2])
