@@ -33,6 +33,7 @@ from jobs.ipr import times
 from jobs.ipr.grid import Grid
 from jobs.ipr.model import Prediction, RegionTransformer, Shape
 from jobs.progress import bar
+from jobs.training.flat import Flat
 from jobs.training.state import State
 from schemas.errors import WinnowError
 
@@ -112,10 +113,10 @@ def train(
     """
     torch.manual_seed(seed)
     model = RegionTransformer(task.grid, shape).to(device())
-    parameters = list(model.parameters())
-    average = [p.detach().clone() for p in parameters]
-    optimiser = torch.optim.AdamW(parameters, lr=how.lr, betas=BETAS, weight_decay=how.weight_decay)
-    state, kept = State(parameters, average, optimiser), to.with_name(f"{to.name}.state") / "state.safetensors"
+    flat = Flat(list(model.parameters()))
+    average = flat.whole.detach().clone()
+    optimiser = torch.optim.AdamW([flat.whole], lr=how.lr, betas=BETAS, weight_decay=how.weight_decay)
+    state, kept = State(flat.whole, average, optimiser), to.with_name(f"{to.name}.state") / "state.safetensors"
     settings = {"task": task.name, "shape": asdict(shape), "training": asdict(how), "seed": seed, **(card or {})}
     _same_run(kept.with_name("settings.json"), settings)
     begun = state.resume(kept)
@@ -131,21 +132,21 @@ def train(
                 found = model(torch.lerp(x, e, t[..., None]), t)
             found = Prediction(*(part if part is None else part.float() for part in found))
             value = loss(found, x, t, w, told[0] if told else None, how.kind)
-            optimiser.zero_grad()
+            optimiser.zero_grad(set_to_none=False)
             value.backward()
-            nn.utils.clip_grad_norm_(parameters, how.clip)
+            nn.utils.clip_grad_norm_([flat.whole], how.clip)
             optimiser.step()
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - min(how.ema, (1 + step) / (10 + step)))
+                average.lerp_(flat.whole, 1 - min(how.ema, (1 + step) / (10 + step)))
             if (step + 1) % how.keep == 0 and step + 1 < how.steps:
                 state.keep(kept, step + 1)
             advance()
     with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
-            parameter.copy_(mean)
+        flat.whole.copy_(average)
+    flat.release()
     last = float(value.detach()) if begun < how.steps else None
     figures = {
-        "parameters": sum(p.numel() for p in parameters), "last_loss": last, "timed_from_step": begun,
+        "parameters": flat.whole.numel(), "last_loss": last, "timed_from_step": begun,
         "seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "device": device(),
     }  # fmt: skip
