@@ -21,6 +21,7 @@ from matplotlib.transforms import Bbox
 from jobs.metrics import half_width, name_of, percent
 
 COLOURS = ("#3584e4", "#e66100", "#9141ac", "#2a9d76", "#d6336c", "#77767b")
+AGAIN = (("o", "-"), ("s", ":"), ("^", "-."))  # mark and stroke of the first lines, and of those beyond the colours
 GREY = "#8b8b90"
 LONGEST = 44  # letters of a title that fit
 LONGEST_STAGES = 8  # bars that fit
@@ -116,10 +117,12 @@ def curve(
     images reach."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(title, subtitle)
-        for line, colour in zip(lines, COLOURS * len(lines), strict=False):
+        for i, line in enumerate(lines):
+            again, turn = divmod(i, len(COLOURS))
+            colour, (mark, stroke) = COLOURS[turn], AGAIN[again % len(AGAIN)]
             x, y, half = np.asarray(line.rounds), scale * np.asarray(line.values), scale * np.asarray(line.halves)
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=line.name)
+            axes.plot(x, y, stroke, color=colour, marker=mark, markersize=3.5, linewidth=1.6, label=line.name)
             if len(x) == 1:  # a band over one round has no area
                 axes.errorbar(x, y, yerr=half, color=colour, linewidth=1, capsize=3)
             best = x == line.best
