@@ -20,7 +20,7 @@ NO_PREFERENCE: Changes = {"select": {"policy": "random"}}
 NO_WEIGHTS: Changes = {"weigh": {"by": "nothing"}}
 FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 80}, "select": {"keep": 20}}
 QUOTA: Changes = {"select": {"policy": "diverse", "space": "scene-clip", "budget": 720}}
-NEON: Changes = {"neon": 0.1, "neon_on": "candidates"}
+NEON: Changes = {"train": {"neon": 0.1, "neon_on": "candidates"}}
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ STUDIES = {
         "What would another choice do in the place of one of the default's?",
         "Not asked.",
         {
-            "the default": {}, "a quota for each cluster": QUOTA, "Neon, w = 0.1": {"train": NEON},
-            "a quota, and Neon": {**QUOTA, "train": NEON},
+            "the default": {}, "a quota for each cluster": QUOTA, "Neon, w = 0.1": NEON,
+            "a quota, and Neon": {**QUOTA, **NEON},
             "any 5 of the better half": {"select": {"policy": "quantile_band"}},
             "any 5 above a floor": {"select": {"policy": "random", "floors": {"scene-clip": 0.88}}},
-            "Neon, w = 0.5": {"train": {**NEON, "neon": 0.5}},
+            "Neon, w = 0.5": {"train": {"neon": 0.5, "neon_on": "candidates"}},
             "even sampling steps": {"generate": {"shift": None}}, "twice the training": {"train": {"steps": 850}},
         },
     ),

@@ -147,25 +147,24 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
     file = out / "studies.json"
     runs = json.loads(file.read_text()) if file.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
-    wanted: dict[tuple[int, str], Recipe] = {}
+    wanted: dict[tuple[int, str], tuple[Path, Recipe]] = {}
     for seed in range(seeds):
         for study in studies.values():
             for arm in study.arms:
                 recipe = arm_of(study, arm, seed, settings)
                 key = key_of(recipe)
                 if len({row["round"] for row in runs.get(key, {}).get("rows", ())}) <= study.rounds:
-                    wanted.setdefault((seed, key), recipe)
+                    wanted.setdefault((seed, key), (_home(store, seed, recipe), recipe))
     failed: WinnowError | None = None
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         firsts: dict[Path, Future[None]] = {}
-        for (seed, key), recipe in wanted.items():
-            home = _home(store, seed, recipe)
+        for (_, key), (home, recipe) in wanted.items():
             if home not in firsts:
                 firsts[home] = pool.submit(_prepare, home, key, recipe)
         for first in as_completed(firsts.values()):
             first.result()
-        played = {pool.submit(_loop, _home(store, seed, recipe), key, recipe): (seed, key)
-                  for (seed, key), recipe in wanted.items()}  # fmt: skip
+        played = {pool.submit(_loop, home, key, recipe): (seed, key)
+                  for (seed, key), (home, recipe) in wanted.items()}  # fmt: skip
         for one in as_completed(played):
             seed, key = played[one]
             try:

@@ -6,7 +6,7 @@ cores for each other; over one tensor it is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ class Flat:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.whole = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        self.views = views(self.whole.detach(), self.parameters)
-        for parameter, view in zip(self.parameters, self.views, strict=True):
+        for parameter, view in self._pairs():
             parameter.data = view
         self.whole.grad = flat_gradient(self.parameters)
 
@@ -30,10 +29,13 @@ class Flat:
         self.whole.grad = None  # first, so that its memory serves the copies
         for parameter in self.parameters:
             parameter.grad = None
-        for parameter, view in zip(self.parameters, self.views, strict=True):
+        for parameter, view in self._pairs():
             if parameter.data_ptr() != view.data_ptr():
                 raise RuntimeError("a parameter was moved while it was trained: the steps since then did not reach it")
             parameter.data = view.clone()
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return zip(self.parameters, views(self.whole.detach(), self.parameters), strict=True)
 
 
 def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -34,7 +34,7 @@ class State:
         found = {"weights": self.weights.detach()}
         if self.average.data_ptr() != self.weights.data_ptr():
             found["average"] = self.average
-        moments = self.optimiser.state[self.weights]  # there are none before the first step
+        moments = self.optimiser.state.get(self.weights, {})  # there are none before the first step
         return found | {name: moments[name] for name in MOMENTS if name in moments}
 
     def keep(self, file: Path, step: int) -> None:
@@ -59,15 +59,14 @@ class State:
             with safe_open(file, "pt") as kept:
                 step, names = int(kept.metadata()["step"]), set(kept.keys())
                 if MOMENTS[0] in names:
-                    moments = {name: kept.get_tensor(name).to(self.weights.device) for name in MOMENTS}
                     # A fused AdamW counts on the device of its weights.
                     count = torch.tensor(float(step), device=self.weights.device)
+                    moments = {name: torch.zeros_like(self.weights) for name in MOMENTS}
                     self.optimiser.state[self.weights] = {"step": count, **moments}
                 if names != (ours := self._tensors()).keys():
                     raise ValueError(f"it holds {', '.join(sorted(names))}")
                 for name, tensor in ours.items():
-                    if name not in MOMENTS:
-                        tensor.copy_(kept.get_tensor(name))
+                    tensor.copy_(kept.get_tensor(name))
             return step
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
