@@ -25,7 +25,7 @@ from jobs.training.cache import Example, build
 from jobs.training.loop import fine_tune
 from jobs.world.scenes import all_captions
 
-ROWS, STEPS, BATCH, TURNS = 512, 48, 64, 11
+ROWS, STEPS, BATCH, TURNS = 512, 96, 64, 7
 
 
 def examples() -> list[Example]:

@@ -1,6 +1,7 @@
 """Two halves of a batch side by side are the batch."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ def two() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def pair(folder: Path, tmp_path: Path, weights: list[float], **how: Any) -> list[Any]:
+@contextmanager
+def pair(folder: Path, tmp_path: Path, weights: list[float], **how: Any) -> Iterator[list[Any]]:
     """Trainers of one lane and of two, of the same start."""
     made = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         made.append(start(folder, tmp_path, weights, precision="float32", **how))
-        assert len(made[-1].lanes.pipes) == threads
-    return made
+        assert len(made[-1].lanes.pipes) == (1 if how.get("micro_batch") == 1 else threads)
+    with made[-1].lanes:
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,8 @@ def pair(folder: Path, tmp_path: Path, weights: list[float], **how: Any) -> list
 )
 def test_two_lanes_give_the_gradient_of_one(folder: Path, tmp_path: Path, two: None, how: dict[str, Any]) -> None:
     weights = [2.0, 1.0, 0.0, 0.5, 1.5]
-    whole, halves = (gradient(one, [0, 1, 2, 3, 4]) for one in pair(folder, tmp_path, weights, **how))
+    with pair(folder, tmp_path, weights, **how) as trainers:
+        whole, halves = (gradient(one, [0, 1, 2, 3, 4]) for one in trainers)
     scale = float(whole.abs().max())
     assert scale > 1e-3
     assert (whole - halves).abs().max() <= 1e-6 * max(1.0, scale)
@@ -52,10 +56,10 @@ def test_two_lanes_give_the_gradient_of_one(folder: Path, tmp_path: Path, two: N
 
 
 def test_the_twin_has_the_same_parameters_and_takes_every_step(folder: Path, tmp_path: Path, two: None) -> None:
-    one, both = pair(folder, tmp_path, [1.0] * 4, lr=1e-3, ema=0.5, clip=1.0)
-    for step in range(4):
-        losses = [trainer.step(step, trainer.batch(step, np.arange(4))) for trainer in (one, both)]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pair(folder, tmp_path, [1.0] * 4, lr=1e-3, ema=0.5, clip=1.0) as (one, both):
+        for step in range(4):
+            losses = [trainer.step(step, trainer.batch(step, np.arange(4))) for trainer in (one, both)]
+            assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     own, twin = (family(pipe).model(pipe) for pipe in both.lanes.pipes)
     assert own is both.model and twin is not own
     for (name, p), (other, q) in zip(own.named_parameters(), twin.named_parameters(), strict=True):
@@ -74,13 +78,14 @@ def test_training_on_two_cores_repeats_to_the_bit(stable_diffusion: Path, tmp_pa
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
-def lanes_of(pipe: Any) -> Lanes:
-    return Lanes(pipe, family(pipe), Flat(list(pipe.unet.parameters())))
+def lanes_of(pipe: Any, rows: int = 4) -> Lanes:
+    return Lanes(pipe, family(pipe), Flat(list(pipe.unet.parameters())), rows)
 
 
-def test_a_model_with_dropout_is_not_shared_out(stable_diffusion: Path, two: None) -> None:
+def test_a_model_with_dropout_and_passes_of_one_row_are_not_shared_out(stable_diffusion: Path, two: None) -> None:
     pipe = models.load(str(stable_diffusion))
     assert len(lanes_of(pipe).pipes) == 2
+    assert len(lanes_of(pipe, rows=1).pipes) == 1
     next(module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)).p = 0.1
     assert len(lanes_of(pipe).pipes) == 1
 
@@ -97,7 +102,7 @@ def test_an_error_in_either_half_is_raised_and_the_cores_come_back(stable_diffus
             raise ValueError(f"row {bad}")
         return rows.start
 
-    with pytest.raises(ValueError, match=f"row {bad}"):
+    with pytest.raises(ValueError, match=f"row {bad}"), lanes:
         lanes(work, slice(0, 4))
     assert torch.get_num_threads() == 2
     assert set(seen) <= {(0, 2), (2, 4)}
@@ -113,6 +118,8 @@ def test_samples_are_in_their_order_and_a_single_one_is_not_shared_out(stable_di
     def work(pipe: Any, rows: slice) -> tuple[Any, list[int], int]:
         return pipe, list(range(rows.start, rows.stop)), torch.get_num_threads()
 
-    assert lanes(work, slice(3, 8)) == [(lanes.pipes[0], [3, 4, 5], 1), (lanes.pipes[1], [6, 7], 1)]
-    assert all((p.grad == 2).all() for p in pipe.unet.parameters())
-    assert lanes(work, slice(7, 8)) == [(pipe, [7], 2)]
+    with lanes:
+        assert lanes(work, slice(3, 8)) == [(lanes.pipes[0], [3, 4, 5], 1), (lanes.pipes[1], [6, 7], 1)]
+        assert all((p.grad == 2).all() for p in pipe.unet.parameters())
+        assert lanes(work, slice(7, 8)) == [(pipe, [7], 1)]
+    assert lanes(work, slice(3, 8)) == [(pipe, [3, 4, 5, 6, 7], 2)]

@@ -123,7 +123,7 @@ class Trainer:
         self.average = self.weights.detach().clone() if settings.ema else self.weights.detach()
         self.optimiser = torch.optim.AdamW([self.weights], settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.state = State(self.weights, self.average, self.optimiser)
-        self.lanes = Lanes(pipe, self.family, self.flat)
+        self.lanes = Lanes(pipe, self.family, self.flat, settings.micro_batch or settings.batch)
 
     def loss(self, batch: Batch, pipe: Any = None) -> tuple[Tensor, Tensor]:
         """The loss of these rows, and each row's own mean square [N]; by the twin ``pipe`` of a lane."""
@@ -262,7 +262,8 @@ def fine_tune(
     rows = (trainer.kept[some] for some in batches(data.bucket[trainer.kept], settings.batch, seed, first))
     steps = range(first, settings.steps)
     shares = (trainer.batch(step, some) for step, some in zip(steps, rows, strict=False))
-    with bar(label, settings.steps, not trainer.group.is_main_process) as advance, Loader(shares) as loader:
+    shown = bar(label, settings.steps, not trainer.group.is_main_process)
+    with trainer.lanes, Loader(shares) as loader, shown as advance:
         advance(first)
         for step, batch in zip(steps, loader, strict=True):
             loss = trainer.step(step, batch)
