@@ -246,16 +246,17 @@ def _from_squared(squared: Float64s, metric: str, dim: int) -> Float64s:
 
 
 def _mean_l2(x: Floats, ref: Floats, same: bool) -> Float64s:
-    # Rounding is harmless here: the mean distance is at least ||x - mean|| and at least half of the mean ||r - mean||.
-    centre = rows.mean(ref).astype(np.float32)
+    # Rounding is harmless here: the mean distance is at least ||x - mean|| and at least half of the mean ||r - mean||,
+    # which is at least half of the mean ||r|| where no centre is taken off.
+    centre = _centre(ref)
     bytes_, total = 4 * x.shape[1], np.zeros(len(x))
     for own in tiles(len(x), max(bytes_, TILE_BYTES // ROWS)):
         mine = rows.centred(x[own], centre)
         mine_squared = np.vecdot(mine, mine)[:, None]
-        mine *= -2
         for other in tiles(len(ref), max(bytes_, TILE_BYTES // ROWS), TILE_BYTES // 4):
             others = rows.centred(ref[other], centre)
             squared = mine @ others.T
+            squared *= -2
             squared += mine_squared
             squared += np.vecdot(others, others)
             np.maximum(squared, 0, out=squared)
@@ -264,3 +265,11 @@ def _mean_l2(x: Floats, ref: Floats, same: bool) -> Float64s:
                 squared[both - own.start, both - other.start] = 0
             total[own] += np.sqrt(squared, out=squared).sum(axis=1)
     return total / len(ref)
+
+
+def _centre(ref: Floats) -> Floats | None:
+    """The mean [D] of D_0. None where its rows can be read where they lie and are twice as long as it, so that they are
+    nearly as far from it as from the origin: copies of them would gain nothing."""
+    mean = rows.mean(ref).astype(np.float32)
+    around = rows.plain(ref) and 2 * np.linalg.norm(mean) <= np.sqrt(np.vecdot(ref, ref)).mean(dtype=np.float64)
+    return None if around else mean

@@ -23,6 +23,12 @@ WORLDS = {
             (500 + rng.normal(size=(53, 12))).astype(np.float32),
         )
     ),
+    "float32, not centred": (
+        lambda rng: (
+            (0.5 + rng.normal(size=(37, 12))).astype(np.float32),
+            (0.5 + rng.normal(size=(53, 12))).astype(np.float32),
+        )
+    ),
     "float16": (
         lambda rng: (
             rng.normal(size=(37, 12)).astype(np.float16),
@@ -123,6 +129,16 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, metric
         monkeypatch.setattr(module, "TILE_BYTES", 1500)
     np.testing.assert_allclose(d.distance(x, ref, kind, metric), whole, rtol=1e-5)
     np.testing.assert_allclose(d.self_distance(ref, kind, metric), own, rtol=1e-5)
+
+
+def test_rows_around_the_origin_are_read_where_they_lie() -> None:
+    rng = np.random.default_rng(4)
+    x, ref = (rng.normal(size=(500, 2000)).astype(np.float32) for _ in range(2))
+    tracemalloc.start()
+    d.distance(x, ref, "mean", "l2")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < ref.nbytes
 
 
 @pytest.mark.parametrize("kind", ["mean", "knn", "center"])
