@@ -23,7 +23,7 @@ from curate.distance import mean_distance, nearest
 
 DIM, K = 16_384, 10
 ROWS, FEW = 5000, 200  # of samples; D_0 has ROWS
-TURNS = 5
+TURNS = 3
 
 
 def rows(count: int, seed: int) -> np.ndarray:
