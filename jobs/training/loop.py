@@ -33,6 +33,7 @@ from jobs import devices
 from jobs.families import Condition, family
 from jobs.objective import Objective, objective
 from jobs.progress import bar
+from jobs.training import heap
 from jobs.training.cache import Cache
 from jobs.training.flat import Flat
 from jobs.training.lanes import Lanes
@@ -263,7 +264,7 @@ def fine_tune(
     steps = range(first, settings.steps)
     shares = (trainer.batch(step, some) for step, some in zip(steps, rows, strict=False))
     shown = bar(label, settings.steps, not trainer.group.is_main_process)
-    with trainer.lanes, Loader(shares) as loader, shown as advance:
+    with heap.kept(), trainer.lanes, Loader(shares) as loader, shown as advance:
         advance(first)
         for step, batch in zip(steps, loader, strict=True):
             loss = trainer.step(step, batch)
