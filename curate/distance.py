@@ -121,12 +121,7 @@ def knn_distance(
     """
     x, ref = _pair(x, reference, metric, exclude_self)
     k = _neighbours(k, len(ref) - exclude_self)
-    indices, squared, _ = search(x, prepare(ref, metric == "cosine"), k + exclude_self)
-    if exclude_self:  # drop the row itself; where exact doubles crowded it out, drop the farthest
-        extra = indices == np.arange(len(x))[:, None]
-        extra[~extra.any(axis=1), -1] = True
-        squared = squared[~extra].reshape(len(x), k)
-    return np.mean(_from_squared(squared, metric, ref.shape[1]), axis=1)
+    return _mean_of_nearest(x, prepare(ref, metric == "cosine"), k, metric, exclude_self)[0]
 
 
 def indexed(reference: ArrayLike, metric: str = "l2", index: str = "ivf") -> Reference:
@@ -140,8 +135,8 @@ def knn_by_index(x: ArrayLike, reference: Reference, k: int = 10, metric: str = 
     measured. What it misses is replaced by rows farther off, so that no distance comes out too small."""
     _check(metric)
     x = matrix("x", x, columns=reference.rows.shape[1])
-    _, squared, recall = search(x, reference, _neighbours(k, len(reference.rows)))
-    return _finite(np.mean(_from_squared(squared, metric, x.shape[1]), axis=1)), recall
+    values, recall = _mean_of_nearest(x, reference, _neighbours(k, len(reference.rows)), metric, False)
+    return _finite(values), recall
 
 
 def nearest(
@@ -230,7 +225,7 @@ def _named(group: object) -> Iterator[None]:
 
 
 def _neighbours(k: int, rows: int) -> int:
-    if not 1 <= k <= rows:
+    if k != int(k) or not 1 <= k <= rows:
         raise WinnowError(f"k is {k} where {rows} reference rows can be neighbours: give k in 1..{rows}")
     return int(k)
 
@@ -243,6 +238,20 @@ def _finite(values: Float64s) -> Float64s:
 
 def _from_squared(squared: Float64s, metric: str, dim: int) -> Float64s:
     return {"l2": np.sqrt(squared), "mse": squared / dim, "cosine": squared / 2}[metric]
+
+
+def _mean_of_nearest(x: Floats, ref: Reference, k: int, metric: str, same: bool) -> tuple[Float64s, float]:
+    """The mean of the metric over the k nearest rows [N], and the share of the true ones among them."""
+    values, recall = np.empty(len(x)), 0.0
+    for tile in tiles(len(x), 64 * (k + same)):  # as many rows as a search takes at most, so that no [N, k] is held
+        indices, squared, share = search(x[tile], ref, k + same)
+        if same:  # drop the row itself; where exact doubles crowded it out, drop the farthest
+            extra = indices == np.arange(tile.start, tile.stop)[:, None]
+            extra[~extra.any(axis=1), -1] = True
+            squared = squared[~extra].reshape(len(indices), k)
+        values[tile] = np.mean(_from_squared(squared, metric, x.shape[1]), axis=1)
+        recall += share * len(indices) / len(x)
+    return values, recall
 
 
 def _mean_l2(x: Floats, ref: Floats, same: bool) -> Float64s:

@@ -117,7 +117,8 @@ def bootstrap(
 
     paired: the same rows of every array (features and their groups, two scores of one sample); otherwise each
     array on its own (two sets of samples). strata: paired, and each row is replaced by one of its own stratum,
-    so that every prompt keeps its share: for what is measured of a fixed set of prompts.
+    so that every prompt keeps its share: for what is measured of a fixed set of prompts. The interval is then widened
+    by √(n / (n − 1)) for n rows a stratum, which few rows ask for.
 
     A resample holds fewer distinct rows, so what is biased in small samples shifts: the interval of a Fréchet
     distance lies too high and may leave out the estimate. It is not corrected; use its width, or compare
@@ -145,7 +146,18 @@ def bootstrap(
         else:
             values[i] = statistic(*(column[rng.integers(0, len(column), len(column))] for column in columns))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    if code is not None:
+        more = _lost(code) * (high - low) / 2
+        low, high = low - more, high + more
     return float(low), float(high)
+
+
+def _lost(code: Ints) -> float:
+    """By how much too narrow intervals are that draw rows within their groups: n rows spread around their own mean as
+    n - 1 do around the true one. A row alone in its group has no spread to tell."""
+    sizes = np.bincount(code)
+    many = sizes[sizes > 1]
+    return math.sqrt(many.sum() / (many - 1).sum()) - 1 if len(many) else 0.0
 
 
 def _within(code: Ints, rng: np.random.Generator) -> Ints:
@@ -180,8 +192,8 @@ def mean_within(values: ArrayLike, strata: ArrayLike) -> Interval:
     """
     values = vector("values", values)
     code = grouped.codes(strata, rows=len(values))
-    off = values - grouped.means(code, values)[code]
-    half = Z * math.sqrt(float(np.sum(off**2))) / len(values)
+    off, sizes = values - grouped.means(code, values)[code], np.bincount(code)[code]
+    half = Z * math.sqrt(float(np.sum(off**2 * (sizes / np.maximum(sizes - 1, 1))))) / len(values)
     value = float(values.mean())
     return Interval(value, value - half, value + half)
 

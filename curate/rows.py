@@ -15,7 +15,8 @@ def lengths(x: Floats) -> Float64s:
         rows = x[tile].astype(np.float64)
         peaks = np.abs(rows).max(axis=1)
         if not (peaks > 0).all():
-            raise WinnowError("a row is all zeros, so it has no direction: drop it or use metric 'l2'")
+            bad = tile.start + int(np.argmin(peaks > 0))
+            raise WinnowError(f"row {bad} is all zeros, so it has no direction: drop it or use metric 'l2'")
         rows /= peaks[:, None]  # so that neither tiny nor huge rows leave the range of a square
         result[tile] = peaks * np.sqrt(np.vecdot(rows, rows))
     return result

@@ -54,6 +54,10 @@ class Evaluate(Settings):
     real: str | None = None
     resamples: int = Field(200, ge=2)
 
+    def metric_of(self, scorer: str) -> str:
+        """What a scorer's mean is called among the metrics."""
+        return "judge_accuracy" if scorer == self.judge else scorer
+
 
 class Reference(Settings):
     """D_0: how many of the base's images, over how many of the training prompts (null: all). ``source``: images to take
@@ -150,7 +154,7 @@ def _scored(run: Run, where: Run, rows: pa.Table, used: tuple[str, ...]) -> dict
     found = {}
     for name in used:
         n, seed = settings.resamples, run.seed("bootstrap", name) % 2**31
-        metric = "judge_accuracy" if name == settings.judge else name
+        metric = settings.metric_of(name)
         found[metric] = mean_over(mine[name], prompts, n, seed)
         if a:
             found[f"win_rate:{metric}"] = mean_over(wins(mine[name][a], theirs[name][b]), prompts[a], n, seed)

@@ -70,7 +70,7 @@ def warnings(run: Run) -> list[str]:
     series = {row["metric"]: [Interval(*three) for three in row["rounds"]] for row in found}
     recipe = run.recipe
     used = () if recipe.select.policy == "random" else selecting(recipe)
-    others = ["judge_accuracy" if name == recipe.evaluate.judge else name for name in held_out(recipe)]
+    used, others = (map(recipe.evaluate.metric_of, names) for names in (used, held_out(recipe)))
     return alarms(
         {name: series[name] for name in used if name in series},
         {name: series[name] for name in others if name in series},

@@ -99,10 +99,11 @@ class Recipe(Settings):
         metric, measured = self.guard.metric, self.evaluate
         # Distances to D_0 are no choice: to its own output the base is nearest by construction.
         metrics = ["diversity", *(REAL if measured.real else ())]
-        scored = [name for name in dict.fromkeys([*self.score.scorers, *measured.scorers]) if name != measured.judge]
-        scored += ["judge_accuracy"] if measured.judge else []
+        named = [*self.score.scorers, *measured.scorers, *([measured.judge] if measured.judge else [])]
+        scored = list(dict.fromkeys(map(measured.metric_of, named)))
         metrics += [*scored, *(f"win_rate:{name}" for name in scored)]
-        selects = {*(() if self.select.policy == "random" else selecting(self)), *self.select.floors}
+        used = {*(() if self.select.policy == "random" else selecting(self)), *self.select.floors}
+        selects = set(map(measured.metric_of, used))
         metrics = [name for name in metrics if name.removeprefix("win_rate:") not in selects]
         if metric not in metrics:
             why = "selects" if metric.removeprefix("win_rate:") in selects else "is not measured"

@@ -84,7 +84,7 @@ def select(run: Run) -> None:
     settings = run.recipe.select
     rows = samples.of(run, "train")
     used = needed(run)
-    picks = picked(run, settings.picks) if settings.picks else None
+    picks = picked(run, settings.picks)
     spec = ["select", settings.model_dump(mode="json", exclude={"picks"}), used, run.recipe.seed]
     spec += [] if picks is None else [sorted(picks.tolist())]
     work = units("selections", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
@@ -106,9 +106,11 @@ def selecting(recipe: Recipe) -> tuple[str, ...]:
     return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
 
 
-def picked(run: Run, name: str) -> np.ndarray:
+def picked(run: Run, name: str | None) -> np.ndarray | None:
     """The sample ids that people picked, in votes or in a file, int64; WinnowError where there are none, or a line of
-    the file is none."""
+    the file is none. None where they are not asked."""
+    if name is None:
+        return None
     if name == "votes":
         return votes.picked(run)
     path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()

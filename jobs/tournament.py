@@ -17,7 +17,7 @@ from jobs.distance import distances_of
 from jobs.embed import vectors_of
 from jobs.run import Run
 from jobs.score import scores_of
-from jobs.select import decide, needed
+from jobs.select import decide, needed, picked
 from jobs.weigh import scale_of
 from schemas.errors import WinnowError
 from schemas.settings import Settings
@@ -76,7 +76,8 @@ def _decided(run: Run, changes: dict[str, Any], rows: pa.Table) -> np.ndarray:
     from jobs.recipe import override  # which holds these settings itself
 
     other = replace(run, recipe=override(run.recipe, [(["select", key], value) for key, value in changes.items()]))
-    return decide(other, other.recipe.select, needed(other), rows).kept
+    settings = other.recipe.select
+    return decide(other, settings, needed(other), rows, picked(other, settings.picks)).kept
 
 
 def _measures(run: Run, rows: pa.Table) -> dict[str, Any]:

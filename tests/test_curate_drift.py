@@ -129,6 +129,16 @@ def test_mean_over_draws_groups() -> None:
     assert one.low < 0.5 < one.high
 
 
+def test_intervals_within_strata_of_two_rows_are_as_wide_as_the_truth() -> None:
+    rng, strata = np.random.default_rng(0), np.repeat(np.arange(30), 2)
+    worlds = rng.normal(size=(400, 60)) + strata
+    truth = 1.96 / np.sqrt(60)
+    said = [mean_within(values, strata) for values in worlds]
+    assert np.sqrt(np.mean([(high - low) ** 2 for _, low, high in said])) / 2 == pytest.approx(truth, rel=0.03)
+    drawn = [bootstrap(np.mean, values, n=200, rng=0, strata=strata) for values in worlds]
+    assert np.sqrt(np.mean([(high - low) ** 2 for low, high in drawn])) / 2 == pytest.approx(truth, rel=0.05)
+
+
 def test_mean_within_is_the_bootstrap_in_its_strata() -> None:
     rng = np.random.default_rng(2)
     strata = np.repeat(np.arange(20), 30)

@@ -110,6 +110,8 @@ def test_tables_that_do_not_fit_together_are_refused_at_once(changes: dict[str, 
     [
         ({"guard.metric": "scene-clip"}, "is 'scene-clip', which selects; choose among diversity, fd_real,"),
         ({"guard.metric": "win_rate:scene-clip"}, "which selects"),
+        ({"evaluate.judge": "scene-clip", "guard.metric": "judge_accuracy"}, "which selects"),
+        ({"evaluate.judge": "scene-clip", "guard.metric": "win_rate:judge_accuracy"}, "which selects"),
         ({"guard.metric": "fd_reel"}, "which is not measured"),
         ({"guard.metric": "fd_d0"}, "choose among diversity"),
         ({"score.scorers": []}, "'best_of_n' needs scores"),

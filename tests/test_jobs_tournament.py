@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import World, files
+from conftest import World, files, sets
 
 from jobs import recipe as recipes
 from jobs import samples
@@ -49,6 +49,16 @@ def test_a_tournament_keeps_nothing_and_tells_what_each_would(world: World) -> N
     assert rows["random"]["overlap"]["recipe"] < 1
     assert rows["top_k"]["score:scene-clip"] == max(row["score:scene-clip"] for row in rows.values())
     assert files(world.store) == before
+
+
+def test_a_tournament_heeds_what_people_picked(world: World, tmp_path: Path) -> None:
+    run, by_hand = world.runs["curated"], {"picks": str(tmp_path / "ids")}
+    (tmp_path / "ids").write_text("\n".join(map(str, samples.of(run, "train")["sample_id"].to_pylist()[:3])))
+    own = {row["policy"]: row["kept"] for row in tournament(changed(world, **by_hand)).to_pylist()}
+    assert own["recipe"] == own["top_k"] == 3  # the others have as large a budget
+    entered = recipes.override(run.recipe, sets({"tournament.policies": {"by hand": by_hand}}))
+    among = {row["policy"]: row["kept"] for row in tournament(replace(run, recipe=entered)).to_pylist()}
+    assert among["by hand"] == 3 != among["recipe"]
 
 
 def test_the_verb_prints_measures_and_overlaps(world: World, winnow: Callable[..., Any], tmp_path: Path) -> None:
