@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import distance, export, generation, large, scale, training
+from bench import distance, export, generation, index, large, scale, training
 from jobs.machine import machine
 
 SUITES = {
-    "distance": distance.run, "scale": scale.run, "generation": generation.run, "export": export.run,
-    "training": training.run, "large": large.run,
+    "distance": distance.run, "index": index.run, "scale": scale.run, "generation": generation.run,
+    "export": export.run, "training": training.run, "large": large.run,
 }  # fmt: skip
 
 
