@@ -28,6 +28,7 @@ INDEXES = ("exact", "ivf", "ivfpq", "hnsw")
 RECALL = 0.95  # an index searches wider until it finds this share of the true neighbours
 PROBES = 200  # rows that the share is measured on
 CODED = 256  # reference rows below which there are too few to tell codes of a byte by
+LARGEST = float(np.finfo(np.float32).max) / 16  # square of a vector whose differences to others still have squares
 MOST = 32  # candidates for each neighbour, at most, where vectors are known by codes alone
 
 #: From rows [N, D] float32, centred, to the indices of k reference rows each: [N, k], -1 where it found fewer.
@@ -117,7 +118,12 @@ def _index(ref: Floats, kind: str, centre: Floats | None, length: Float64s | Non
         index.cp.seed = seed
         index.cp.min_points_per_centroid = 1
         places = np.sort(np.random.default_rng(seed).permutation(count)[: 64 * max(lists, 256)])
-        index.train(rows.centred(ref[places], centre, None if length is None else length[places]))
+        some = rows.centred(ref[places], centre, None if length is None else length[places])
+        with np.errstate(over="ignore"):
+            longest = np.vecdot(some, some).max()
+        if not longest < LARGEST:
+            raise WinnowError("distance overflows: features are too large, scale them to about 1")
+        index.train(some)
     for tile in tiles(count, 12 * dim):
         index.add(rows.centred(ref[tile], centre, None if length is None else length[tile]))
     return index

@@ -159,6 +159,15 @@ def test_memory_does_not_grow_with_the_sets(monkeypatch: pytest.MonkeyPatch, kin
     assert peak(3000) - peak(1000) < 2000 * 100
 
 
+@pytest.mark.parametrize("index", neighbours.INDEXES)
+@pytest.mark.parametrize("large", [(1, 1e25), (1e25, 1), (1e25, 1e25)])
+def test_numbers_too_large_for_an_index_are_refused(index: str, large: tuple[float, float]) -> None:
+    rng = np.random.default_rng(0)
+    x, ref = rng.normal(size=(50, 8)) * large[0], rng.normal(size=(600, 8)) * large[1]
+    with pytest.raises(WinnowError, match="distance overflows"):
+        d.knn_by_index(x, d.indexed(ref, "l2", index), 3)
+
+
 @pytest.mark.parametrize("index", neighbours.INDEXES[1:])
 @pytest.mark.parametrize("metric", d.METRICS)
 def test_an_index_finds_what_its_recall_says(index: str, metric: str) -> None:
