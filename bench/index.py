@@ -12,22 +12,16 @@ from functools import partial
 import numpy as np
 
 from bench.ratio import Ratio, compare
-from bench.scale import CLUSTERS, D0, DIM, ROUND, K
+from bench.scale import D0, DIM, ROUND, K, clustered
 from curate.distance import indexed, knn_by_index, knn_distance
 from curate.neighbours import INDEXES
 
 TURNS = 3
 
 
-def clustered(n: int, seed: int) -> np.ndarray:
-    """Rows [n, DIM] float16 around the same centres."""
-    rng, centres = np.random.default_rng(seed), np.random.default_rng(0).standard_normal((CLUSTERS, DIM), np.float32)
-    return (centres[rng.integers(0, CLUSTERS, n)] + rng.standard_normal((n, DIM), np.float32)).astype(np.float16)
-
-
 def run() -> list[Ratio]:
     """Seconds of a round through each index, beside all pairs."""
-    x, ref, found = clustered(ROUND, 1), clustered(D0, 2), []
+    (x, ref), found = (clustered(n, np.random.default_rng(n)) for n in (ROUND, D0)), []
     exact = knn_distance(x, ref, K)
     for name in INDEXES[1:]:
         begun = time.perf_counter()

@@ -64,6 +64,14 @@ def build(folder: Path, samples: int) -> Path:
     return store
 
 
+def clustered(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows [n, DIM] float16 around centres that are always the same."""
+    centres = np.random.default_rng(0).standard_normal((CLUSTERS, DIM), dtype=np.float32)
+    vectors = rng.standard_normal((n, DIM), dtype=np.float32)
+    vectors += centres[rng.integers(0, CLUSTERS, n)]
+    return vectors.astype(np.float16)
+
+
 def _round(
     store: Path, number: int, arm: str, split: str, ids: np.ndarray, scorers: tuple[str, ...]
 ) -> Iterator[Part]:
@@ -76,10 +84,7 @@ def _round(
         "image": [{"bytes": file(i), "path": f"{i}.png"} for i in ids.tolist()],
     }  # fmt: skip
     yield part(store, "samples", at, columns)
-    centres = np.random.default_rng(0).standard_normal((CLUSTERS, DIM), dtype=np.float32)
-    vectors = rng.standard_normal((n, DIM), dtype=np.float32)
-    vectors += centres[rng.integers(0, CLUSTERS, n)]
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).reshape(-1)), DIM)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(clustered(n, rng).reshape(-1)), DIM)
     columns = {"sample_id": ids, "round": number, "encoder": SPACE, "revision": "1", "vector": flat}
     yield part(store, "embeddings", at | {"encoder": SPACE}, columns, embedding_schema(DIM))
     quality = rng.standard_normal(n)

@@ -15,6 +15,7 @@ Float64s = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+TOO_LARGE = "distance overflows: features are too large, scale them to about 1"
 TILE_BYTES = 256 * 2**20
 
 

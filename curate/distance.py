@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from curate import rows
-from curate.arrays import TILE_BYTES, Float64s, Floats, Ints, keys, matrix, tiles
+from curate.arrays import TILE_BYTES, TOO_LARGE, Float64s, Floats, Ints, keys, matrix, tiles
 from curate.mahalanobis import mahalanobis
 from curate.neighbours import Reference, prepare, search
 from schemas.errors import WinnowError
@@ -232,7 +232,7 @@ def _neighbours(k: int, rows: int) -> int:
 
 def _finite(values: Float64s) -> Float64s:
     if not np.isfinite(values).all():
-        raise WinnowError("distance overflows: features are too large, scale them to about 1")
+        raise WinnowError(TOO_LARGE)
     return values
 
 

@@ -192,7 +192,7 @@ def mean_within(values: ArrayLike, strata: ArrayLike) -> Interval:
     """
     values = vector("values", values)
     code = grouped.codes(strata, rows=len(values))
-    off, sizes = values - grouped.means(code, values)[code], np.bincount(code)[code]
+    off, sizes = values - grouped.means(code, values)[code], grouped.sizes(code)
     half = Z * math.sqrt(float(np.sum(off**2 * (sizes / np.maximum(sizes - 1, 1))))) / len(values)
     value = float(values.mean())
     return Interval(value, value - half, value + half)

@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 
 from curate import rows
-from curate.arrays import TILE_BYTES, Float64s, Floats, Ints, tiles
+from curate.arrays import TILE_BYTES, TOO_LARGE, Float64s, Floats, Ints, tiles
 from schemas.errors import WinnowError
 
 INDEXES = ("exact", "ivf", "ivfpq", "hnsw")
@@ -122,7 +122,7 @@ def _index(ref: Floats, kind: str, centre: Floats | None, length: Float64s | Non
         with np.errstate(over="ignore"):
             longest = np.vecdot(some, some).max()
         if not longest < LARGEST:
-            raise WinnowError("distance overflows: features are too large, scale them to about 1")
+            raise WinnowError(TOO_LARGE)
         index.train(some)
     for tile in tiles(count, 12 * dim):
         index.add(rows.centred(ref[tile], centre, None if length is None else length[tile]))
