@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import distance, export, generation, index, large, scale, training
+import numpy as np
+
+from bench import distance, drift, export, generation, index, large, policies, scale, training
 from jobs.machine import machine
 
 SUITES = {
-    "distance": distance.run, "index": index.run, "scale": scale.run, "generation": generation.run,
-    "export": export.run, "training": training.run, "large": large.run,
+    "distance": distance.run, "index": index.run, "drift": drift.run, "policies": policies.run, "scale": scale.run,
+    "generation": generation.run, "export": export.run, "training": training.run, "large": large.run,
 }  # fmt: skip
+LIBRARIES = (
+    "numpy", "scipy", "scikit-learn", "torch", "faiss-cpu", "diffusers", "pandas", "polars", "pyarrow", "duckdb",
+    "datasets", "webdataset",
+)  # fmt: skip
+PLOTS = {"scale": scale.plot}  # from a suite's rows to an SVG of them
 
 
 def main(names: list[str], out: Path) -> None:
@@ -25,15 +34,18 @@ def main(names: list[str], out: Path) -> None:
         sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
     file = out / "bench.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+    place = f"{machine()}; {_rate():.0f} GFLOP/s in a product of float32 matrices; {_libraries()}"
     for name in names or SUITES:
         load, rows = os.getloadavg()[0], [asdict(r) for r in SUITES[name]()]
         if not rows:  # what cannot be measured here stays as it was
             continue
-        found[name] = {"machine": machine(), "load_before": round(load, 2), "rows": rows}
+        found[name] = {"machine": place, "load_before": round(load, 2), "rows": rows}
         for row in rows:
             print(f"{row['name']}: {row['ratio']:.3f} ({row['what']})", flush=True)
     out.mkdir(exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
+    for name in PLOTS.keys() & found.keys():
+        (out / f"bench-{name}.svg").write_bytes(PLOTS[name](found[name]["rows"]))
     (out / "bench.md").write_text(page(found))
 
 
@@ -48,8 +60,27 @@ def page(found: dict[str, Any]) -> str:
                 f"| {r['name']} | {r['what']} | {r.get('unit', 's')} | {r['ours']:.3g} | {r['theirs']:.3g} | "
                 f"{r['ratio']:.3f} | {r['low']:.3f} – {r['high']:.3f} | {r['turns']} |"
             )
-    lines += ["", *(f"`{name}` on {suite['machine']}." for name, suite in found.items())]
+    lines += ["", *(f"![{name}](bench-{name}.svg)" for name in PLOTS if name in found)]
+    places: dict[str, list[str]] = {}
+    for name, suite in found.items():
+        places.setdefault(suite["machine"], []).append(f"`{name}`")
+    for place, names in places.items():
+        lines += ["", f"{', '.join(names)} on {place}."]
     return "\n".join(lines) + "\n"
+
+
+def _rate() -> float:
+    """10^9 float32 operations a second, in the best of a few matrix products on all cores."""
+    x, took = np.ones((3000, 3000), np.float32), []
+    for _ in range(5):
+        began = time.perf_counter()
+        x @ x
+        took.append(time.perf_counter() - began)
+    return 2 * 3000**3 / min(took) / 1e9
+
+
+def _libraries() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 if __name__ == "__main__":

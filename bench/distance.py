@@ -1,12 +1,12 @@
-"""Distances to D_0: mean and k-nearest, beside the machine's own matrix product and beside the usual libraries.
+"""Distances to D_0: of each kind, beside the machine's own matrix product and beside the usual libraries.
 
-Standard normal float32 rows of an SD latent's size. All are in memory when the clock starts, and all use the threads
-that they use by themselves. What takes minutes is measured on fewer rows, ours on the same.
+Standard normal float32 rows of an SD latent's size; where a covariance is taken, of an embedding's. All are in memory
+when the clock starts, and all use the threads that they use by themselves. What takes minutes is measured on fewer
+rows, ours on the same.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,20 +14,26 @@ import faiss
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist
+from sklearn.covariance import LedoitWolf
 from sklearn.metrics import pairwise_distances, pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
-from bench.peak import forget, resident
+from bench.peak import memory
 from bench.ratio import Ratio, compare
 from curate.distance import mean_distance, nearest
+from curate.mahalanobis import mahalanobis
 
-DIM, K = 16_384, 10
+DIM, EMBEDDING, K = 16_384, 768, 10
 ROWS, FEW = 5000, 200  # of samples; D_0 has ROWS
 TURNS = 3
 
 
-def rows(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, DIM), dtype=np.float32)
+def rows(count: int, seed: int, dim: int = DIM) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, dim), dtype=np.float32)
+
+
+def embeddings(count: int, seed: int) -> np.ndarray:
+    return rows(count, seed, EMBEDDING)
 
 
 def by_product(x: np.ndarray, ref: np.ndarray) -> None:
@@ -54,6 +60,19 @@ def by_scipy(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
 
 def ours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
     return mean_distance(x, ref)
+
+
+def our_cosine(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return mean_distance(x, ref, "cosine")
+
+
+def scikit_cosine(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    return pairwise_distances(x, ref, metric="cosine").mean(axis=1)
+
+
+def scikit_mahalanobis(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    squared = LedoitWolf().fit(ref.astype(np.float64)).mahalanobis(x.astype(np.float64))
+    return np.sqrt(squared * (len(ref) - 1) / len(ref))  # its covariance divides by N, ours by N - 1
 
 
 def our_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
@@ -101,35 +120,31 @@ def run() -> list[Ratio]:
     ):
         seconds = compare(name, what.format(len(most)), *(_over(call, most, ref) for call in (own, other)), TURNS)
         found.append(seconds)
-    del x, ref, some
-    for name, own, other in (
-        ("mean distance, memory beside torch.cdist", ours, by_torch),
-        ("mean distance, memory beside scikit-learn", ours, by_scikit),
-        ("mean distance, memory beside scipy cdist", ours, by_scipy),
-        ("k-NN, memory beside FAISS flat", our_neighbours, faiss_neighbours),
-        ("k-NN, memory beside scikit-learn", our_neighbours, scikit_neighbours),
+    known, fresh = embeddings(ROWS, 1), embeddings(ROWS, 0)
+    for name, own, other, (mine, theirs), dim in (
+        ("mean cosine distance, ours / scikit-learn", our_cosine, scikit_cosine, (x, ref), DIM),
+        ("Mahalanobis distance, ours / scikit-learn", mahalanobis, scikit_mahalanobis, (fresh, known), EMBEDDING),
     ):
-        count = FEW if other is by_scipy else ROWS
-        mine, theirs = (_peak(call, count) for call in (own, other))
-        what = f"peak beyond the rows, {count} × {ROWS} of {DIM:,}"
-        found.append(Ratio(name, what, mine, theirs, *(3 * [mine / theirs]), 1, "MiB"))
+        off = float(np.max(np.abs(own(mine[:FEW], theirs) / other(mine[:FEW], theirs) - 1)))
+        what = f"{ROWS} × {ROWS} of {dim:,}; within {off:.1g} of theirs"
+        found.append(compare(name, what, *(_over(call, mine, theirs) for call in (own, other)), TURNS))
+    del x, ref, some
+    all_rows, few_rows = (ROWS, ROWS), (FEW, ROWS)
+    for name, own, other, make, counts in (
+        ("mean distance, memory beside torch.cdist", ours, by_torch, rows, all_rows),
+        ("mean distance, memory beside scikit-learn", ours, by_scikit, rows, all_rows),
+        ("mean distance, memory beside scipy cdist", ours, by_scipy, rows, few_rows),
+        ("k-NN, memory beside FAISS flat", our_neighbours, faiss_neighbours, rows, all_rows),
+        ("k-NN, memory beside torch.cdist", our_neighbours, torch_neighbours, rows, all_rows),
+        ("k-NN, memory beside scikit-learn", our_neighbours, scikit_neighbours, rows, all_rows),
+        ("k-NN, memory beside scipy cdist", our_neighbours, scipy_neighbours, rows, few_rows),
+        ("mean cosine distance, memory beside scikit-learn", our_cosine, scikit_cosine, rows, all_rows),
+        ("Mahalanobis distance, memory beside scikit-learn", mahalanobis, scikit_mahalanobis, embeddings, all_rows),
+    ):
+        found.append(memory(name, own, other, make, counts))
     return found
 
 
 def _over(call: Callable[..., Any], x: np.ndarray, ref: np.ndarray) -> Callable[[], object]:
     return lambda: call(x, ref)
 
-
-def _peak(call: Callable[..., Any], count: int) -> float:
-    """MiB that a call takes at most beyond what its process held before, in a process of its own (Linux)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (call, count))
-
-
-def _measure(call: Callable[..., Any], count: int) -> float:
-    x, ref = rows(count, 0), rows(ROWS, 1)
-    call(x[:64], ref[:64])  # what a library loads once
-    before = resident()
-    forget()
-    call(x, ref)
-    return resident("VmHWM") - before

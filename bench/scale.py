@@ -2,22 +2,27 @@
 
     python -m bench scale                 the curve from 10,000 to 1,000,000 samples, and the same by hand
     python -m bench.scale ours N          one size, in this process: seconds and peak memory by stage
+    python -m bench.scale exact N         the same, its distances by all pairs
     python -m bench.scale theirs N        what is otherwise written with pandas, scikit-learn and datasets
 
 Rounds of 10,000 samples: small images, five scores, 768 numbers in float16 that form clusters; D_0 has 50,000. Each
 round's samples are measured by their 10 nearest of D_0, one of each prompt's ten is kept by rank fusion of the five
 scores, weighed by its distance, and all kept ones are exported. Ours finds the nearest through an index, as it does by
-default for a D_0 of this size (95 % of them or more, by its own measure); theirs compares all pairs. Both sides read
-the same Parquet files, in a process of their own, and write theirs to the same disk.
+default for a D_0 of this size (95 % of them or more, by its own measure), and once more by all pairs, as theirs does.
+All read the same Parquet files, in a process of their own, and write theirs to the same disk.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from bench.peak import Peak
 from bench.ratio import Ratio
 from bench.selection import part, random_file
 from jobs import recipe as recipes
+from jobs.plots import Line, curve
 from jobs.recipe import Recipe
 from jobs.run import BASE, Run
 from schemas.tables import embedding_schema
@@ -41,14 +47,17 @@ CLUSTERS, FILE = 500, 400  # bytes an image file
 SPACE, SCORERS = "open_clip:made/up", tuple(f"open_clip:made/up-{i}" for i in range(5))
 FIRST = 10**9  # of the ids of D_0, whose prompts are those of the first rounds
 THEIRS = "theirs.parquet"
+WAYS = {"ours": "by index", "exact": "all pairs"}  # of ours, and how each finds the nearest
+PEER = "pandas + scikit-learn + datasets"
 
 
-def recipe() -> Recipe:
+def recipe(index: str = "auto") -> Recipe:
     changes: dict[str, Any] = {
         "embed.encoders": [SPACE], "score.scorers": list(SCORERS), "distance.space": SPACE, "distance.kind": "knn",
         "distance.k": K, "select.policy": "best_of_n", "select.keep": 1, "select.fuse": "rank",
-        "distance.metric": "l2", "select.scorers": None, "select.budget": None, "weigh.by": "distance",
-        "export.formats": ["parquet"], "export.accumulate": True, "export.rows": ROUND, "export.encode": None,
+        "distance.metric": "l2", "distance.index": index, "select.scorers": None, "select.budget": None,
+        "weigh.by": "distance", "export.formats": ["parquet"], "export.accumulate": True, "export.rows": ROUND,
+        "export.encode": None,
     }  # fmt: skip
     found = recipes.override(recipes.load("refine-only"), [(key.split("."), value) for key, value in changes.items()])
     return found.for_arm("curated")
@@ -94,14 +103,14 @@ def _round(
         yield part(store, "scores", at | {"scorer": name}, columns)
 
 
-def ours(store: Path, samples: int) -> dict[str, Any]:
+def ours(store: Path, samples: int, index: str = "auto") -> dict[str, Any]:
     """All stages over all rounds; by stage the seconds, and its peak of memory in MiB."""
     from jobs.distance import distance
     from jobs.export import export
     from jobs.select import select
     from jobs.weigh import weigh
 
-    run, watch = Run(store, recipe()), Peak()
+    run, watch = Run(store, recipe(index)), Peak()
     rounds = [run.at(number) for number in range(1, samples // ROUND + 1)]
     watch("D_0", lambda: distance(run.base(), "reference"))
     for stage in (distance, select, weigh):
@@ -169,35 +178,55 @@ def theirs(store: Path, samples: int) -> dict[str, Any]:
 
 
 def run() -> list[Ratio]:
-    """Seconds and memory, ours beside theirs, at each size; by stage in the words."""
+    """Seconds and memory, ours by both ways beside theirs, at each size; by stage in the words."""
     found = []
     for size in SIZES:
         with tempfile.TemporaryDirectory() as name:
             store = build(Path(name), size)
-            sides = [_apart(who, store, size) for who in ("ours", "theirs")]
-            seconds = [sum(stage["seconds"] for stage in side.values()) for side in sides]
-            peaks = [max(stage["peak"] for stage in side.values()) for side in sides]
-            said = ["; ".join(f"{stage} {at['seconds']:.1f} s, {at['peak']:.0f} MiB" for stage, at in side.items())
-                    for side in sides]  # fmt: skip
-            stages, stage = f"Ours: {said[0]}. Theirs: {said[1]}", "of the stage that takes most"
-            for title, what, (mine, other), unit in (
-                ("end to end", stages, seconds, "s"), ("peak memory", stage, peaks, "MiB"),
-            ):  # fmt: skip
-                ratio = mine / other
-                name_ = f"{title}, ours (by index) / pandas + scikit-learn + datasets (all pairs), {size:,}"
-                found.append(Ratio(name_, what, mine, other, ratio, ratio, ratio, 1, unit))
+            sides = {who: _apart(who, store, size) for who in (*WAYS, "theirs")}
+        for who, way in WAYS.items():
+            mine, other = sides[who], sides["theirs"]
+            stages = f"Ours: {_said(mine)}. Theirs: {_said(other)}"
+            for title, what, key, total, unit in (
+                ("end to end", stages, "seconds", sum, "s"),
+                ("peak memory", "of the stage that takes most", "peak", max, "MiB"),
+            ):
+                own, others = (total(stage[key] for stage in side.values()) for side in (mine, other))
+                name = f"{title}, ours ({way}) / {PEER} (all pairs), {size:,}"
+                found.append(Ratio(name, what, own, others, *(3 * [own / others]), 1, unit))
     return found
 
 
+def plot(rows: list[dict[str, Any]]) -> bytes:
+    """An SVG of the seconds in `run`'s rows over the samples, both on scales of tens."""
+    by_way = {
+        way: [row for row in rows if row["name"].startswith(f"end to end, ours ({way})")] for way in WAYS.values()
+    }
+    seconds = {f"ours, {way}": [row["ours"] for row in some] for way, some in by_way.items()}
+    seconds[PEER] = [row["theirs"] for row in by_way[WAYS["ours"]]]
+    lines = [Line(who, SIZES, values, [0.0] * len(SIZES)) for who, values in seconds.items()]
+    uri = curve("Curation from end to end", f"seconds, D₀ of {D0:,}", lines, axis="samples", tens=True)
+    return base64.b64decode(uri.partition(",")[2])
+
+
+def _said(side: dict[str, Any]) -> str:
+    return "; ".join(f"{stage} {at['seconds']:.1f} s, {at['peak']:.0f} MiB" for stage, at in side.items())
+
+
 def _apart(who: str, store: Path, samples: int) -> dict[str, Any]:
-    """One side in a process of its own."""
-    words = [sys.executable, "-m", "bench.scale", who, str(samples), str(store)]
+    """One side in a process of its own, over the same files in a folder of its own."""
+    own = store.parent / who / "store"
+    shutil.copytree(store, own, copy_function=os.link)  # a store's files are never written again
+    words = [sys.executable, "-m", "bench.scale", who, str(samples), str(own)]
     said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(said.stdout.splitlines()[-1])
 
 
 def main(who: str, samples: str, store: str = "") -> None:
-    side: Callable[[Path, int], dict[str, Any]] = {"ours": ours, "theirs": theirs}[who]
+    sides: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+        "ours": ours, "exact": partial(ours, index="exact"), "theirs": theirs
+    }  # fmt: skip
+    side = sides[who]
     if store:
         print(json.dumps(side(Path(store), int(samples))))
         return

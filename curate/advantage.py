@@ -11,6 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from curate import groups as grouped
 from curate.arrays import Float64s, vector
 from schemas.errors import WinnowError
 
@@ -21,16 +22,8 @@ def advantages(scores: ArrayLike, groups: ArrayLike) -> Float64s:
     0 for all of a group whose scores are equal, and for a sample that is alone. The deviation is that of the group
     itself (division by n).
     """
-    s = vector("scores", scores)
-    _, place, size = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    if len(place) != len(s):
-        raise WinnowError(f"groups are {len(place)}, scores {len(s)}: give one group a score")
-    apart = s - (np.bincount(place, s) / size)[place]
-    # Taken twice, because the rounding of a first mean of large scores would pass for a spread.
-    apart -= (np.bincount(place, apart) / size)[place]
-    spread = np.sqrt(np.bincount(place, apart**2) / size)[place]
-    tiny = 1e-12 * np.maximum(np.abs(s), np.finfo(float).tiny)
-    return np.divide(apart, spread, out=np.zeros_like(apart), where=spread > tiny)
+    values = vector("scores", scores)
+    return grouped.zscores(grouped.codes(groups, rows=len(values)), values)
 
 
 def weights(advantage: ArrayLike, temperature: float = 1.0, most: float = 20.0) -> Float64s:

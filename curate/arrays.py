@@ -28,7 +28,7 @@ def tiles(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[slice
 
 def matrix(name: str, value: ArrayLike, *, columns: int | None = None, rows: int | None = None) -> Floats:
     """A finite, real [N, D] array with N and D at least 1, not copied; WinnowError otherwise."""
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.ndim != 2 or 0 in array.shape:
         raise WinnowError(
             f"{name} has shape {array.shape}: give a 2-d array of at least one row and column, "
@@ -48,7 +48,7 @@ def matrix(name: str, value: ArrayLike, *, columns: int | None = None, rows: int
 
 def vector(name: str, value: ArrayLike, *, rows: int | None = None) -> Float64s:
     """A finite, real [N] float64 array with N at least 1; WinnowError otherwise."""
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.ndim != 1 or array.size == 0:
         raise WinnowError(f"{name} has shape {array.shape}: give a 1-d array of at least one number")
     _numeric(name, array)
@@ -59,7 +59,7 @@ def vector(name: str, value: ArrayLike, *, rows: int | None = None) -> Float64s:
 
 def keys(name: str, value: ArrayLike, *, rows: int | None = None) -> NDArray[Any]:
     """A [N] array of integers or strings, such as ids or prompt groups; WinnowError otherwise."""
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.ndim != 1 or array.size == 0:
         raise WinnowError(f"{name} has shape {array.shape}: give a 1-d array of at least one key")
     if array.dtype.kind == "O" and all(isinstance(item, str) for item in array):
@@ -79,6 +79,13 @@ def unique_keys(name: str, value: ArrayLike, *, rows: int | None = None) -> NDAr
             f"{name} {found[counts > 1][0]} comes {counts.max()} times: give each row its own id"
         )
     return array
+
+
+def _array(name: str, value: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise WinnowError(f"{name} is no array ({error}): give rows of one length") from None
 
 
 def _numeric(name: str, array: NDArray[Any]) -> None:

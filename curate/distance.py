@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from curate import rows
 from curate.arrays import TILE_BYTES, TOO_LARGE, Float64s, Floats, Ints, keys, matrix, tiles
 from curate.mahalanobis import mahalanobis
-from curate.neighbours import Reference, prepare, search
+from curate.neighbours import HELD, Reference, prepare, search
 from schemas.errors import WinnowError
 
 METRICS = ("l2", "mse", "cosine")
@@ -243,7 +243,7 @@ def _from_squared(squared: Float64s, metric: str, dim: int) -> Float64s:
 def _mean_of_nearest(x: Floats, ref: Reference, k: int, metric: str, same: bool) -> tuple[Float64s, float]:
     """The mean of the metric over the k nearest rows [N], and the share of the true ones among them."""
     values, recall = np.empty(len(x)), 0.0
-    for tile in tiles(len(x), 64 * (k + same)):  # as many rows as a search takes at most, so that no [N, k] is held
+    for tile in tiles(len(x), HELD * (k + same)):  # as many rows as a search takes, so that no [N, k] is held
         indices, squared, share = search(x[tile], ref, k + same)
         if same:  # drop the row itself; where exact doubles crowded it out, drop the farthest
             extra = indices == np.arange(tile.start, tile.stop)[:, None]

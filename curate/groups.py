@@ -31,25 +31,44 @@ def ranks(code: Ints, *by: NDArray[Any]) -> Ints:
 
 def average_ranks(code: Ints, values: Float64s) -> Float64s:
     """As `ranks`, 1 = lowest value, but equal values share the mean of their places: [N]."""
-    rank = ranks(code, values)
-    order = np.lexsort((values, code))
-    new = np.diff(code[order], prepend=-1) != 0
-    new[1:] |= np.diff(values[order]) != 0
-    starts = np.flatnonzero(new)
-    lengths = np.diff(starts, append=len(order))
+    order = _sorted(code, values)
+    starts = np.diff(code[order], prepend=-1) != 0
+    runs = starts.copy()
+    runs[1:] |= np.diff(values[order]) != 0
+    first = np.flatnonzero(runs)
+    lengths = np.diff(first, append=len(order))
+    before = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))[first]
     result = np.empty(len(code))
-    result[order] = np.repeat(rank[order][starts] + (lengths - 1) / 2, lengths)
+    result[order] = np.repeat(first - before + (lengths + 1) / 2, lengths)
     return result
 
 
 def means(code: Ints, values: Float64s) -> Float64s:
     """Mean value of each group: [N] -> [G]. Summed in sorted order, so the order of rows changes no bit."""
-    order = np.lexsort((values, code))
+    order = _sorted(code, values)
     starts = np.flatnonzero(np.diff(code[order], prepend=-1))
     return np.add.reduceat(values[order], starts) / np.bincount(code)
 
 
 def lows(code: Ints, values: Float64s) -> Float64s:
     """Lowest value of each group: [N] -> [G]."""
-    order = np.lexsort((values, code))
+    order = _sorted(code, values)
     return values[order][np.flatnonzero(np.diff(code[order], prepend=-1))]
+
+
+def zscores(code: Ints, values: Float64s) -> Float64s:
+    """(value - group's mean) / group's standard deviation, which divides by n; 0 where a group's are equal: [N]."""
+    values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])  # exact, so that no square overflows
+    values = values - lows(code, values)[code]  # so that equal ones are 0, not a rounding error
+    off = values - means(code, values)[code]
+    deviation = np.sqrt(means(code, off**2))[code]
+    return np.divide(off, deviation, out=np.zeros_like(off), where=deviation > 0)
+
+
+def _sorted(code: Ints, values: Float64s) -> Ints:
+    """The order of the rows by group and then by value, equal ones in any order: [N]. By 16 bits of the code at a time,
+    which a stable sort takes in one pass."""
+    order = np.argsort(values)
+    for shift in range(0, int(code.max()).bit_length(), 16):
+        order = order[np.argsort((code[order] >> shift).astype(np.uint16), kind="stable")]
+    return order

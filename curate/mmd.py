@@ -8,10 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from curate import arrays
 from curate.arrays import Float64s, Floats, matrix, tiles
 from curate.drift import Interval, mean_within
 from schemas.errors import WinnowError
 
+#: From scalar products to the kernel's values; it may overwrite what it is given.
 Kernel = Callable[[Float64s], Float64s]
 
 
@@ -27,7 +29,9 @@ def kid(a: ArrayLike, b: ArrayLike, strata: ArrayLike | None = None) -> Interval
     dim = x.shape[1]
 
     def cubic(dots: Float64s) -> Float64s:
-        return (dots / dim + 1) ** 3
+        dots /= dim
+        dots += 1
+        return dots * dots * dots  # a fifth of the time of a power
 
     def within(z: Floats) -> Float64s:
         squares = np.concatenate([np.vecdot(z[tile].astype(np.float64), z[tile].astype(np.float64))
@@ -45,7 +49,9 @@ def cmmd(a: ArrayLike, b: ArrayLike, strata: ArrayLike | None = None) -> Interva
 
     def excess(dots: Float64s) -> Float64s:
         # exp(-|x - y|^2 / 200) - 1: the three ones cancel, so they are left out before they cost digits
-        return np.expm1((2 * dots - 2) / (2 * 10.0**2))
+        dots -= 1
+        dots /= 10.0**2
+        return np.expm1(dots, out=dots)
 
     found = _interval(*(_kernel_means(*pair, excess) for pair in ((x, x), (x, y), (y, y))), strata)
     return Interval(*(1000 * max(0.0, value) for value in found))
@@ -73,10 +79,19 @@ def _unit(x: Floats) -> Float64s:
 
 
 def _kernel_means(x: Floats, y: Floats, kernel: Kernel) -> Float64s:
-    """Mean over j of kernel(x_i . y_j): [N], a tile of rows against a tile of rows at a time."""
-    sums = np.zeros(len(x))
-    for i in tiles(len(x), 8 * (x.shape[1] + 4096)):
-        rows = x[i].astype(np.float64)
-        for j in tiles(len(y), 8 * x.shape[1] + 24 * len(rows)):
-            sums[i] += kernel(rows @ y[j].astype(np.float64).T).sum(axis=1)
+    """Mean over j of kernel(x_i . y_j): [N], a tile of rows against a tile of rows at a time. Of rows against
+    themselves each pair is taken once."""
+    sums, same = np.zeros(len(x)), x is y
+    # Square tiles: a share of the memory for the rows on either side, a share for their products.
+    row_bytes = max(32 * x.shape[1], math.isqrt(32 * arrays.TILE_BYTES))
+    for own in tiles(len(x), row_bytes):
+        rows = x[own].astype(np.float64)
+        for other in tiles(len(y), row_bytes):
+            if same and other.start < own.start:
+                continue
+            others = rows if same and other == own else y[other].astype(np.float64)
+            found = kernel(rows @ others.T)
+            sums[own] += found.sum(axis=1)
+            if same and other.start > own.start:
+                sums[other] += found.sum(axis=0)
     return sums / len(y)

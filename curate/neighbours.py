@@ -29,6 +29,7 @@ RECALL = 0.95  # an index searches wider until it finds this share of the true n
 PROBES = 200  # rows that the share is measured on
 CODED = 256  # reference rows below which there are too few to tell codes of a byte by
 LARGEST = float(np.finfo(np.float32).max) / 16  # square of a vector whose differences to others still have squares
+HELD = 64  # bytes that a candidate takes while rows are searched where they lie: number, distance, their order
 MOST = 32  # candidates for each neighbour, at most, where vectors are known by codes alone
 
 #: From rows [N, D] float32, centred, to the indices of k reference rows each: [N, k], -1 where it found fewer.
@@ -87,9 +88,8 @@ def search(x: Floats, ref: Reference, k: int) -> Neighbours:
         probes = rows.centred(x[some], ref.centre, None if own is None else own[some])
         find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows))
     indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
-    # Rows that are read where they lie take no more than their candidates do: numbers, distances and their order.
     copied = not (ref.centre is None and own is None and rows.plain(x))
-    for tile in tiles(len(x), 4 * x.shape[1] if copied else 64 * k):
+    for tile in tiles(len(x), 4 * x.shape[1] if copied else HELD * k):
         mine = None if own is None else own[tile]
         query = rows.centred(x[tile], ref.centre, mine)
         found = find(query)

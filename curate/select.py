@@ -170,8 +170,11 @@ def _per_prompt(
     count = np.bincount(code, weights=allowed).astype(np.int64)[code]
     kept = allowed & (rank <= k)
     reason = unsaid(len(ids))
-    for i in np.flatnonzero(~kept):
-        reason[i] = f"{order} {rank[i]} of {count[i]} for its prompt"
+    # Few pairs of numbers, many samples: each sentence is written once.
+    pairs, which = np.unique(rank[~kept] + (int(rank.max()) + 1) * count[~kept], return_inverse=True)
+    counts, places = np.divmod(pairs, int(rank.max()) + 1)
+    said = [f"{order} {place} of {n} for its prompt" for place, n in zip(places, counts, strict=True)]
+    reason[~kept] = np.array(said, object)[which]
     if budget is None:
         return Decision(kept, rank, reason)
     overall = np.empty(len(ids), dtype=np.int64)

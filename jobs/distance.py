@@ -22,12 +22,14 @@ from schemas.tables import TABLES
 
 REFERENCE = "d0"
 EXACT = 20_000  # rows of D_0 beyond which searching all of them takes longer than building an index
+COPIED = 2**30  # bytes of D_0 in float32 beyond which an index that holds them is asked for by name
 
 
 class Distance(Settings):
     """``space``: an encoder of ``embed.encoders``; null computes nothing. ``kind``: mean over D_0 (the paper),
     knn, center or mahalanobis; ``k`` and ``index`` are for knn alone. ``match``: the whole of D_0, or of each sample's
-    own prompt. ``index``: auto is exact up to 20,000 images of D_0, and ivf for more."""
+    own prompt. ``index``: auto is ivf for more than 20,000 images of D_0 whose copy in it takes 1 GiB or less, else
+    exact."""
 
     space: str | None = None
     kind: Literal["mean", "knn", "center", "mahalanobis"] = "mean"
@@ -122,10 +124,14 @@ def _d0(base: Run, settings: Distance) -> D0:
     if key not in _kept:
         _kept.clear()
         _, vectors = vectors_of(base, space, "reference")
-        index = settings.index if settings.index != "auto" else ("ivf" if len(vectors) > EXACT else "exact")
+        index = _best_index(vectors) if settings.index == "auto" else settings.index
         whole = settings.kind == "knn" and settings.match == "whole" and index != "exact"
         _kept[key] = D0(vectors, far.indexed(vectors, settings.metric, index) if whole else None)
     return _kept[key]
+
+
+def _best_index(d0: np.ndarray) -> str:
+    return "ivf" if len(d0) > EXACT and 4 * d0.size <= COPIED else "exact"
 
 
 def distances_of(run: Run, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -111,10 +111,10 @@ def curves(summary: dict[str, Any], metrics: Mapping[str, str]) -> list[tuple[st
 
 def curve(
     title: str, subtitle: str, lines: Sequence[Line], ceiling: float | None = None, scale: float = 1.0,
-    axis: str = "round",
+    axis: str = "round", tens: bool = False,
 ) -> str:  # fmt: skip
     """Values over the rounds, or what ``axis`` says, a line an arm, its best round ringed; ``ceiling`` is what real
-    images reach."""
+    images reach. ``tens``: both on scales of tens, for what grows in proportion."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(title, subtitle)
         for i, line in enumerate(lines):
@@ -132,11 +132,15 @@ def curve(
                 axes.annotate("best", spot, (0, 8), textcoords="offset points", ha="center", size=7.5)
         if ceiling is not None:
             axes.axhline(scale * ceiling, color=GREY, linestyle="--", linewidth=1, label="real images")
-        last = max((max(line.rounds) for line in lines), default=0)
-        edge = max(0.25, last / 50)  # room for the marks at both ends
-        axes.set_xlim(-edge, max(1, last) + edge)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        if tens:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        else:
+            last = max((max(line.rounds) for line in lines), default=0)
+            edge = max(0.25, last / 50)  # room for the marks at both ends
+            axes.set_xlim(-edge, max(1, last) + edge)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_xlabel(axis, loc="left", labelpad=1)
         axes.margins(y=0.14)
         if len(lines) > 1 or ceiling is not None:

@@ -41,7 +41,7 @@ def test_weights_rise_with_the_advantage_up_to_the_cap() -> None:
 def test_what_makes_no_weight_is_refused(how: dict[str, float], said: str) -> None:
     with pytest.raises(WinnowError, match=said):
         weights([1.0], **how)
-    with pytest.raises(WinnowError, match="groups are 1, scores 2"):
+    with pytest.raises(WinnowError, match="groups has 1 rows where 2"):
         advantages([1.0, 2.0], [1])
     with pytest.raises(WinnowError, match="scores"):
         advantages([1.0, float("nan")], [1, 1])

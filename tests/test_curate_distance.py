@@ -220,6 +220,7 @@ def test_order_of_rows_does_not_matter(seed: int, kind: str, metric: str) -> Non
         ([[np.nan, 0]], [[0, 1]], {}, "x row 0 holds NaN"),
         ([[0, 1]], [[0, np.inf]], {}, "reference row 0 holds NaN or infinity"),
         ([0, 1], [[0, 1]], {}, "x has shape"),
+        ([[0, 1], [2]], [[0, 1]], {}, "x is no array.*rows of one length"),
         (np.empty((0, 2)), [[0, 1]], {}, "x has shape"),
         ([[0, 1, 2]], [[0, 1]], {}, "x has 3 columns where 2"),
         ([["a", "b"]], [[0, 1]], {}, "give real numbers"),

@@ -28,6 +28,24 @@ def test_rank_fusion_is_the_mean_of_average_ranks(seed: int) -> None:
     np.testing.assert_allclose(rank_fusion(scores, groups), expected)
 
 
+def test_samples_of_equal_ranks_in_sum_are_equal_to_the_bit() -> None:
+    scores = np.random.default_rng(0).random((40, 5))
+    sums, fused = rankdata(scores, axis=0).sum(axis=1), rank_fusion(scores, np.zeros(40, int))
+    assert len(np.unique(sums)) < 40
+    for total in np.unique(sums):
+        assert len(np.unique(fused[sums == total])) == 1
+
+
+def test_more_prompts_than_sixteen_bits_count() -> None:
+    rng = np.random.default_rng(1)
+    groups = rng.permutation(np.repeat(np.arange(100_000), 2))
+    scores = rng.integers(0, 3, size=(200_000, 1)).astype(float)
+    order = np.argsort(groups, kind="stable")
+    first, second = scores[order, 0].reshape(-1, 2).T
+    expected = np.stack([0.5 + np.sign(first - second) / 4, 0.5 - np.sign(first - second) / 4], axis=1).reshape(-1)
+    np.testing.assert_array_equal(rank_fusion(scores, groups)[order], expected)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_zscore_fusion_is_the_mean_of_z_scores(seed: int) -> None:
@@ -57,6 +75,12 @@ def test_names_of_prompts_and_weights_of_scorers() -> None:
     np.testing.assert_allclose(rank_fusion(scores, ["a", "a", "b"]), [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rank_fusion(scores, ["a", "a", "b"], weights=[1, 0]), [0.25, 0.75, 0.5])
     np.testing.assert_array_equal(zscore_fusion([[0.1], [0.1], [0.1]], [0, 0, 0]), 0)
+
+
+@pytest.mark.parametrize("size", [1.7e308, 1.0, 5e-300])
+def test_scores_of_any_size_have_z_scores(size: float) -> None:
+    found = zscore_fusion(np.array([[-1.0], [1.0], [0.5], [1.0]]) * size, [0, 0, 1, 1])
+    np.testing.assert_allclose(found, [-1, 1, -1, 1])
 
 
 def test_bad_input_is_refused() -> None:

@@ -33,7 +33,7 @@ from jobs.ipr import times
 from jobs.ipr.grid import Grid
 from jobs.ipr.model import Prediction, RegionTransformer, Shape
 from jobs.progress import bar
-from jobs.training.flat import Flat
+from jobs.training.flat import Flat, averaging
 from jobs.training.state import State
 from schemas.errors import WinnowError
 
@@ -137,7 +137,7 @@ def train(
             nn.utils.clip_grad_norm_([flat.whole], how.clip)
             optimiser.step()
             with torch.no_grad():
-                average.lerp_(flat.whole, 1 - min(how.ema, (1 + step) / (10 + step)))
+                average.lerp_(flat.whole, averaging(how.ema, step))
             if (step + 1) % how.keep == 0 and step + 1 < how.steps:
                 state.keep(kept, step + 1)
             advance()

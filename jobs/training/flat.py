@@ -50,3 +50,9 @@ def views(whole: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The parts of ``whole`` [n] in the parameters' order and shapes."""
     parts = whole.split([p.numel() for p in parameters])
     return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+
+def averaging(ema: float, step: int) -> float:
+    """How far a moving average goes towards the weights after a step, counted from 0: 1 - ema, but further in the first
+    steps, so that it does not linger where training began."""
+    return 1 - min(ema, (1 + step) / (10 + step))

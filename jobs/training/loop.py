@@ -35,7 +35,7 @@ from jobs.objective import Objective, objective
 from jobs.progress import bar
 from jobs.training import heap
 from jobs.training.cache import Cache
-from jobs.training.flat import Flat
+from jobs.training.flat import Flat, averaging
 from jobs.training.lanes import Lanes
 from jobs.training.loader import Loader, batches
 from jobs.training.state import State
@@ -195,7 +195,7 @@ class Trainer:
         self.optimiser.step()
         if settings.ema:
             with torch.no_grad():
-                self.average.lerp_(self.weights, 1 - min(settings.ema, (1 + step) / (10 + step)))
+                self.average.lerp_(self.weights, averaging(settings.ema, step))
         return value
 
     def check(self, step: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jobs.training.flat import averaging
 from jobs.world.scenes import Handwriting, Scene, draw_scenes, render
 
 #: Called after every step with the model's name, the step, the number of steps and the loss.
@@ -62,7 +63,7 @@ def fit(
         schedule.step()
         if ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - min(ema, (1 + step) / (10 + step)))
+                torch._foreach_lerp_(average, parameters, averaging(ema, step))
         progress(name, step, steps, value.item())
     if ema is not None:
         with torch.no_grad():
