@@ -40,12 +40,14 @@ def main(names: list[str], out: Path) -> None:
         if not rows:  # what cannot be measured here stays as it was
             continue
         found[name] = {"machine": place, "load_before": round(load, 2), "rows": rows}
+        if name in PLOTS:
+            out.mkdir(exist_ok=True)
+            found[name]["plot"] = f"bench-{name}.svg"
+            (out / found[name]["plot"]).write_bytes(PLOTS[name](rows))
         for row in rows:
             print(f"{row['name']}: {row['ratio']:.3f} ({row['what']})", flush=True)
     out.mkdir(exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
-    for name in PLOTS.keys() & found.keys():
-        (out / f"bench-{name}.svg").write_bytes(PLOTS[name](found[name]["rows"]))
     (out / "bench.md").write_text(page(found))
 
 
@@ -60,7 +62,8 @@ def page(found: dict[str, Any]) -> str:
                 f"| {r['name']} | {r['what']} | {r.get('unit', 's')} | {r['ours']:.3g} | {r['theirs']:.3g} | "
                 f"{r['ratio']:.3f} | {r['low']:.3f} – {r['high']:.3f} | {r['turns']} |"
             )
-    lines += ["", *(f"![{name}](bench-{name}.svg)" for name in PLOTS if name in found)]
+    for name, suite in found.items():
+        lines += ["", f"![{name}]({suite['plot']})"] if "plot" in suite else []
     places: dict[str, list[str]] = {}
     for name, suite in found.items():
         places.setdefault(suite["machine"], []).append(f"`{name}`")
