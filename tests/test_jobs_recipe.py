@@ -39,7 +39,7 @@ def test_the_control_arm_differs_in_selection_and_weight_only_and_trains_alike(n
     for table in ("prompts", "reference", "export", "train"):
         assert getattr(curated, table) == getattr(naive, table)
     assert curated.select.keep == naive.select.keep and curated.generate.prompts == naive.generate.prompts
-    assert naive.generate.images_per_prompt >= naive.select.keep
+    assert naive.generate.images_per_prompt > naive.select.keep
     assert (curated.model, curated.seed, curated.rounds) == (naive.model, naive.seed, naive.rounds)
     # Both arms are measured by the same.
     assert {*curated.score.scorers, *curated.evaluate.scorers} == {*naive.score.scorers, *naive.evaluate.scorers}
