@@ -34,19 +34,19 @@ def main(names: list[str], out: Path) -> None:
         sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
     file = out / "bench.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    place = f"{machine()}; {_rate():.0f} GFLOP/s in a product of float32 matrices; {_libraries()}"
+    about = {"machine": machine(), "gflops": round(_rate()), "libraries": _libraries()}
+    out.mkdir(exist_ok=True)
     for name in names or SUITES:
         load, rows = os.getloadavg()[0], [asdict(r) for r in SUITES[name]()]
         if not rows:  # what cannot be measured here stays as it was
             continue
-        found[name] = {"machine": place, "load_before": round(load, 2), "rows": rows}
-        if name in PLOTS:
-            out.mkdir(exist_ok=True)
-            found[name]["plot"] = f"bench-{name}.svg"
-            (out / found[name]["plot"]).write_bytes(PLOTS[name](rows))
+        found[name] = about | {"load_before": round(load, 2), "rows": rows}
+        file.write_text(json.dumps(found, indent=1) + "\n")
         for row in rows:
             print(f"{row['name']}: {row['ratio']:.3f} ({row['what']})", flush=True)
-    out.mkdir(exist_ok=True)
+        if name in PLOTS:
+            (out / f"bench-{name}.svg").write_bytes(PLOTS[name](rows))
+            found[name]["plot"] = f"bench-{name}.svg"
     file.write_text(json.dumps(found, indent=1) + "\n")
     (out / "bench.md").write_text(page(found))
 
@@ -64,11 +64,13 @@ def page(found: dict[str, Any]) -> str:
             )
     for name, suite in found.items():
         lines += ["", f"![{name}]({suite['plot']})"] if "plot" in suite else []
-    places: dict[str, list[str]] = {}
+    with_libraries: dict[str, list[str]] = {}
+    lines.append("")
     for name, suite in found.items():
-        places.setdefault(suite["machine"], []).append(f"`{name}`")
-    for place, names in places.items():
-        lines += ["", f"{', '.join(names)} on {place}."]
+        rate = f", {suite['gflops']} GFLOP/s in a product of float32 matrices" if "gflops" in suite else ""
+        lines.append(f"`{name}` on {suite['machine']}{rate}.")
+        with_libraries.setdefault(suite.get("libraries", ""), []).append(f"`{name}`")
+    lines += [f"\n{', '.join(names)} with {said}." for said, names in with_libraries.items() if said]
     return "\n".join(lines) + "\n"
 
 

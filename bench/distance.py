@@ -80,7 +80,7 @@ def our_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
 
 
 def faiss_neighbours(x: np.ndarray, ref: np.ndarray) -> np.ndarray:
-    index = faiss.IndexFlatL2(DIM)
+    index = faiss.IndexFlatL2(x.shape[1])
     index.add(ref)
     return index.search(x, K)[1]
 
@@ -147,4 +147,3 @@ def run() -> list[Ratio]:
 
 def _over(call: Callable[..., Any], x: np.ndarray, ref: np.ndarray) -> Callable[[], object]:
     return lambda: call(x, ref)
-

@@ -34,15 +34,15 @@ def ours(rows: pd.DataFrame) -> np.ndarray:
 
 
 def by_pandas(rows: pd.DataFrame) -> np.ndarray:
-    rows = rows.assign(rank=rows.groupby("prompt_id")[NAMES].rank(pct=True).mean(axis=1))
-    best = rows.sort_values(["rank", "sample_id"], ascending=[False, True]).groupby("prompt_id").head(1)
-    return np.sort(best["sample_id"].to_numpy())
+    rank = rows.groupby("prompt_id")[NAMES].rank().sum(axis=1)
+    return np.sort(rows["sample_id"].to_numpy()[rank.groupby(rows["prompt_id"]).idxmax()])
 
 
 def by_polars(rows: pl.DataFrame) -> np.ndarray:
-    rank = pl.mean_horizontal([pl.col(name).rank().over("prompt_id") for name in NAMES])
-    best = rows.with_columns(rank=rank).sort(["rank", "sample_id"], descending=[True, False])
-    return np.sort(best.unique("prompt_id", keep="first", maintain_order=True)["sample_id"].to_numpy())
+    rank = pl.sum_horizontal([pl.col(name).rank().over("prompt_id") for name in NAMES])
+    best = rows.lazy().select("sample_id", "prompt_id", rank=rank)
+    best = best.filter(pl.col("rank") == pl.col("rank").max().over("prompt_id"))
+    return np.sort(best.group_by("prompt_id").agg(pl.col("sample_id").min()).collect()["sample_id"].to_numpy())
 
 
 def run() -> list[Ratio]:

@@ -17,7 +17,8 @@ def rank_fusion(scores: ArrayLike, groups: ArrayLike, weights: ArrayLike | None 
     sample alone. Only the order counts: no unit, no outlier. weights: [S], at least 0, default equal.
     """
     columns, code, weights = _check(scores, groups, weights)
-    total = np.zeros(len(columns))  # of numbers without rounding: samples that are equal in sum are equal
+    # Ranks are halves: by whole weights nothing is rounded, and samples of the same ranks in sum are equal.
+    total = np.zeros(len(columns))
     for column, weight in zip(columns.T, weights, strict=True):
         total += weight * (grouped.average_ranks(code, column) - 0.5)
     return total / (grouped.sizes(code) * weights.sum())

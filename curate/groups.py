@@ -50,19 +50,19 @@ def means(code: Ints, values: Float64s) -> Float64s:
     return np.add.reduceat(values[order], starts) / np.bincount(code)
 
 
-def lows(code: Ints, values: Float64s) -> Float64s:
-    """Lowest value of each group: [N] -> [G]."""
-    order = _sorted(code, values)
-    return values[order][np.flatnonzero(np.diff(code[order], prepend=-1))]
-
-
 def zscores(code: Ints, values: Float64s) -> Float64s:
-    """(value - group's mean) / group's standard deviation, which divides by n; 0 where a group's are equal: [N]."""
-    values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])  # exact, so that no square overflows
-    values = values - lows(code, values)[code]  # so that equal ones are 0, not a rounding error
-    off = values - means(code, values)[code]
-    deviation = np.sqrt(means(code, off**2))[code]
-    return np.divide(off, deviation, out=np.zeros_like(off), where=deviation > 0)
+    """(value - group's mean) / group's standard deviation, which divides by n: [N]. 0 where the values of a group are
+    equal, or differ by less than a 10^-12 of them, which is rounding."""
+    order = _sorted(code, values)
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    counts = np.diff(starts, append=len(order))
+    low, high = values[order][starts], values[order][starts + counts - 1]
+    span = high / 2 - low / 2  # halves, as the whole may be beyond the largest float
+    told = span > 5e-13 * np.maximum(np.abs(low), np.abs(high))
+    share = np.divide(values / 2 - (low / 2)[code], span[code], out=np.zeros(len(values)), where=told[code])
+    off = share - (np.add.reduceat(share[order], starts) / counts)[code]
+    deviation = np.sqrt(np.add.reduceat(off[order] ** 2, starts) / counts)[code]
+    return np.divide(off, deviation, out=np.zeros(len(values)), where=told[code])
 
 
 def _sorted(code: Ints, values: Float64s) -> Ints:

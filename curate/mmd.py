@@ -80,10 +80,9 @@ def _unit(x: Floats) -> Float64s:
 
 def _kernel_means(x: Floats, y: Floats, kernel: Kernel) -> Float64s:
     """Mean over j of kernel(x_i . y_j): [N], a tile of rows against a tile of rows at a time. Of rows against
-    themselves each pair is taken once."""
+    themselves each pair of tiles is taken once."""
     sums, same = np.zeros(len(x)), x is y
-    # Square tiles: a share of the memory for the rows on either side, a share for their products.
-    row_bytes = max(32 * x.shape[1], math.isqrt(32 * arrays.TILE_BYTES))
+    row_bytes = max(32 * x.shape[1], arrays.TILE_BYTES // 1024)  # small tiles: those on the diagonal are taken whole
     for own in tiles(len(x), row_bytes):
         rows = x[own].astype(np.float64)
         for other in tiles(len(y), row_bytes):

@@ -21,7 +21,7 @@ from schemas.settings import Settings
 from schemas.tables import TABLES
 
 REFERENCE = "d0"
-EXACT = 20_000  # rows of D_0 beyond which searching all of them takes longer than building an index
+EXACT = 20_000  # rows of D_0 up to which searching all of them takes less than building an index
 COPIED = 2**30  # bytes of D_0 in float32 beyond which an index that holds them is asked for by name
 
 
@@ -131,7 +131,13 @@ def _d0(base: Run, settings: Distance) -> D0:
 
 
 def _best_index(d0: np.ndarray) -> str:
-    return "ivf" if len(d0) > EXACT and 4 * d0.size <= COPIED else "exact"
+    if len(d0) <= EXACT:
+        return "exact"
+    if 4 * d0.size <= COPIED:
+        return "ivf"
+    held = 4 * d0.size / 2**30
+    say(f"distance: an index would hold {held:.1f} GiB, so all pairs are compared; distance.index: ivf asks for it")
+    return "exact"
 
 
 def distances_of(run: Run, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -26,4 +26,5 @@ def _processor() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1]
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return [name for name in names if name][:1]

@@ -12,9 +12,8 @@ import pytest
 from bench import distance, drift, policies
 
 
-@pytest.mark.parametrize("name", drift.PAIRS)
-def test_drift_is_theirs(name: str) -> None:
-    ours, theirs, _ = drift.PAIRS[name]
+@pytest.mark.parametrize(("name", "ours", "theirs", "by"), drift.PAIRS)
+def test_drift_is_theirs(name: str, ours: Callable[..., Any], theirs: Callable[..., Any], by: str) -> None:
     x, y = (np.ascontiguousarray(drift.rows(300, seed)[:, :8]) for seed in (0, 1))
     np.testing.assert_allclose(ours(x, y), theirs(x, y), rtol=1e-6)
 
@@ -23,9 +22,8 @@ def test_the_same_are_selected() -> None:
     rows = policies.table(3000)
     kept = policies.ours(rows)
     assert len(kept) == 300
+    np.testing.assert_array_equal(policies.by_pandas(rows), kept)
     np.testing.assert_array_equal(policies.by_polars(pl.from_pandas(rows)), kept)
-    # Theirs are mean shares, whose rounding breaks ties.
-    assert len(np.intersect1d(policies.by_pandas(rows), kept)) > 290
 
 
 @pytest.mark.parametrize(
@@ -39,3 +37,12 @@ def test_the_same_are_selected() -> None:
 def test_distances_are_theirs(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
     x, ref = (distance.rows(40, seed, 16) for seed in (0, 1))
     np.testing.assert_allclose(ours(x, ref), theirs(x, ref), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [distance.faiss_neighbours, distance.scikit_neighbours, distance.torch_neighbours, distance.scipy_neighbours],
+)
+def test_neighbours_are_theirs(theirs: Callable[..., Any]) -> None:
+    x, ref = (distance.rows(40, seed, 16) for seed in (0, 1))
+    np.testing.assert_array_equal(np.sort(theirs(x, ref)), np.sort(distance.our_neighbours(x, ref)))

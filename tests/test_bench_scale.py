@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,15 +84,42 @@ def test_all_that_is_timed_keeps_and_weighs_the_same(
     assert sum(table.num_rows for table in exported) == 24
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_curve_has_each_way_at_each_size(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_and_line_is_of_its_own_side(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = {"ours": 1.0, "exact": 4.0, "theirs": 8.0}  # seconds a sample, and twice as much in MiB
+
+    def apart(who: str, store: Path, size: int) -> dict[str, Any]:
+        return {"distance": {"seconds": pace[who] * size, "peak": 2 * pace[who] * size}}
+
+    drawn: list[scale.Line] = []
     monkeypatch.setattr(scale, "SIZES", (60, 120))
-    monkeypatch.setattr(scale, "_apart", lambda who, store, size: {"distance": {"seconds": size / 10, "peak": 1.0}})
-    rows = [asdict(row) for row in scale.run()]
-    assert len({row["name"] for row in rows}) == len(rows) == 2 * 2 * 2
-    drawn = scale.plot(rows).decode()
-    for word in ("ours, by index", "ours, all pairs", "datasets", "samples"):
-        assert word in drawn
+    monkeypatch.setattr(scale, "_apart", apart)
+    monkeypatch.setattr(scale, "curve", lambda title, said, lines, **_: drawn.extend(lines) or "data:,")
+    found = scale.run()
+    for row in found:
+        mine = pace["ours" if "by index" in row.name else "exact"]
+        size, unit = int(row.name.rpartition(" ")[2]), 2 if row.unit == "MiB" else 1
+        assert (row.ours, row.theirs, row.ratio) == (mine * size * unit, 8 * size * unit, mine / 8)
+    assert len({row.name for row in found}) == len(found) == 2 * 2 * 2
+    scale.plot([asdict(row) for row in found])
+    assert [(line.name, list(line.rounds), list(line.values)) for line in drawn] == [
+        ("ours, by index", [60, 120], [60, 120]), ("ours, all pairs", [60, 120], [240, 480]),
+        (scale.PEER, [60, 120], [480, 960]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("who", "by_index"), [("ours", True), ("exact", False)])
+def test_a_side_runs_alone_over_links_to_the_same_files(
+    store: Path, who: str, by_index: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.distance.EXACT", 100)
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    own = store.parent / "own" / "store"
+    shutil.copytree(store, own, copy_function=os.link)
+    scale.main(who, "120", str(own))
+    said = capsys.readouterr()
+    assert set(json.loads(said.out)) == {"D_0", "distance", "select", "weigh", "export"}
+    assert ("the index finds" in said.err) == by_index
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("index", ["ivf", "ivfpq", "hnsw"])

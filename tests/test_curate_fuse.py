@@ -83,6 +83,11 @@ def test_scores_of_any_size_have_z_scores(size: float) -> None:
     np.testing.assert_allclose(found, [-1, 1, -1, 1])
 
 
+def test_each_prompt_has_its_own_scale() -> None:
+    values = [[1.0], [2.0], [1e200], [2e200], [0.1 + 0.2], [0.3]]
+    np.testing.assert_allclose(zscore_fusion(values, [0, 0, 1, 1, 2, 2]), [-1, 1, -1, 1, 0, 0])
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(WinnowError, match="groups has 1 rows where 2"):
         rank_fusion([[1.0], [2.0]], [0])

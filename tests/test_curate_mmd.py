@@ -26,8 +26,9 @@ def test_kid_is_the_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     expected += sum(kernel(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / (9 * 8)
     expected -= 2 * sum(kernel(x, y) for x in a for y in b) / (13 * 9)
     assert kid(a, b).value == pytest.approx(expected)
-    monkeypatch.setattr(arrays, "TILE_BYTES", 100)
-    assert kid(a, b).value == pytest.approx(expected)
+    for size in (100, 2000):  # tiles of one row, and of ten
+        monkeypatch.setattr(arrays, "TILE_BYTES", size)
+        assert kid(a, b).value == pytest.approx(expected)
 
 
 def test_kid_is_unbiased() -> None:
@@ -36,7 +37,9 @@ def test_kid_is_unbiased() -> None:
     assert abs(np.mean(draws)) < 4 * np.std(draws) / 20
 
 
-def test_cmmd_is_the_formula() -> None:
+@pytest.mark.parametrize("size", [arrays.TILE_BYTES, 2000])
+def test_cmmd_is_the_formula(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "TILE_BYTES", size)
     a, b = sets()
     u, v = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (a, b))
 
