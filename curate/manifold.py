@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from curate import rows
+from curate import arrays, rows
 from curate.arrays import Bools, Float64s, Floats, matrix, tiles
 from curate.neighbours import prepare, search
 from schemas.errors import WinnowError
@@ -40,9 +40,9 @@ def manifold(samples: ArrayLike, reference: ArrayLike, k: int = 5) -> Manifold:
     balls = np.zeros(len(x), np.int64)
     reached, covered = np.zeros(len(ref), bool), np.zeros(len(ref), bool)
     centre = rows.mean(ref)
-    for own in tiles(len(x), 8 * (x.shape[1] + 1024)):
+    for own in tiles(len(x), max(32 * x.shape[1], arrays.TILE_BYTES // 1024)):
         mine = rows.exact(x[own]) - centre
-        for other in tiles(len(ref), 8 * x.shape[1] + 32 * len(mine)):
+        for other in tiles(len(ref), max(32 * x.shape[1], arrays.TILE_BYTES // 1024)):
             theirs = rows.exact(ref[other]) - centre
             squared = np.vecdot(mine, mine)[:, None] + np.vecdot(theirs, theirs) - 2 * mine @ theirs.T
             inside = squared <= around_ref[other]
