@@ -8,6 +8,7 @@ rows, ours on the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import faiss
@@ -104,31 +105,28 @@ def run() -> list[Ratio]:
     truth = np.argsort(cdist(some, ref), axis=1)[:, :K]
     same = float(np.mean(np.sort(our_neighbours(some, ref), axis=1) == np.sort(truth, axis=1)))
     alike = float(np.mean(np.sort(our_neighbours(x, ref), axis=1) == np.sort(faiss_neighbours(x, ref), axis=1)))
-    means = float(np.max(np.abs(ours(some, ref) / by_scipy(some, ref) - 1)))
-    mean = f"mean L2, {{}} × {ROWS} of {DIM:,}; within {means:.1g} of float64"
+    mean = f"mean L2, {{}} × {ROWS} of {DIM:,}; within {_off(ours, by_scipy, x, ref):.1g} of float64"
     near = f"{K}-NN, {{}} × {ROWS} of {DIM:,}; {alike:.2%} as FAISS, {same:.2%} as float64"
-    for name, own, other, what, most in (
-        ("mean distance, ours / fp32 product", ours, by_product, mean, x),
-        ("mean distance, ours / torch.cdist", ours, by_torch, mean, x),
-        ("mean distance, ours / scikit-learn", ours, by_scikit, mean, x),
-        ("mean distance, ours / scikit-learn in chunks", ours, by_scikit_chunks, mean, x),
-        ("mean distance, ours / scipy cdist", ours, by_scipy, mean, some),
-        ("k-NN, ours / FAISS flat", our_neighbours, faiss_neighbours, near, x),
-        ("k-NN, ours / torch.cdist", our_neighbours, torch_neighbours, near, x),
-        ("k-NN, ours / scikit-learn", our_neighbours, scikit_neighbours, near, x),
-        ("k-NN, ours / scipy cdist", our_neighbours, scipy_neighbours, near, some),
+    fresh, known = embeddings(ROWS, 0), embeddings(ROWS, 1)
+    cosine = f"{{}} × {ROWS} of {DIM:,}; within {_off(our_cosine, scikit_cosine, x, ref):.1g} of theirs"
+    off = _off(mahalanobis, scikit_mahalanobis, fresh, known)
+    shaped = f"{{}} × {ROWS} of {EMBEDDING}; within {off:.1g} of theirs"
+    for name, own, other, what, most, others in (
+        ("mean distance, ours / fp32 product", ours, by_product, mean, x, ref),
+        ("mean distance, ours / torch.cdist", ours, by_torch, mean, x, ref),
+        ("mean distance, ours / scikit-learn", ours, by_scikit, mean, x, ref),
+        ("mean distance, ours / scikit-learn in chunks", ours, by_scikit_chunks, mean, x, ref),
+        ("mean distance, ours / scipy cdist", ours, by_scipy, mean, some, ref),
+        ("k-NN, ours / FAISS flat", our_neighbours, faiss_neighbours, near, x, ref),
+        ("k-NN, ours / torch.cdist", our_neighbours, torch_neighbours, near, x, ref),
+        ("k-NN, ours / scikit-learn", our_neighbours, scikit_neighbours, near, x, ref),
+        ("k-NN, ours / scipy cdist", our_neighbours, scipy_neighbours, near, some, ref),
+        ("mean cosine distance, ours / scikit-learn", our_cosine, scikit_cosine, cosine, x, ref),
+        ("Mahalanobis distance, ours / scikit-learn", mahalanobis, scikit_mahalanobis, shaped, fresh, known),
     ):
-        seconds = compare(name, what.format(len(most)), *(_over(call, most, ref) for call in (own, other)), TURNS)
-        found.append(seconds)
-    known, fresh = embeddings(ROWS, 1), embeddings(ROWS, 0)
-    for name, own, other, (mine, theirs), dim in (
-        ("mean cosine distance, ours / scikit-learn", our_cosine, scikit_cosine, (x, ref), DIM),
-        ("Mahalanobis distance, ours / scikit-learn", mahalanobis, scikit_mahalanobis, (fresh, known), EMBEDDING),
-    ):
-        off = float(np.max(np.abs(own(mine[:FEW], theirs) / other(mine[:FEW], theirs) - 1)))
-        what = f"{ROWS} × {ROWS} of {dim:,}; within {off:.1g} of theirs"
-        found.append(compare(name, what, *(_over(call, mine, theirs) for call in (own, other)), TURNS))
-    del x, ref, some
+        calls = partial(own, most, others), partial(other, most, others)
+        found.append(compare(name, what.format(len(most)), *calls, TURNS))
+    del x, ref, some, fresh, known
     all_rows, few_rows = (ROWS, ROWS), (FEW, ROWS)
     for name, own, other, make, counts in (
         ("mean distance, memory beside torch.cdist", ours, by_torch, rows, all_rows),
@@ -145,5 +143,6 @@ def run() -> list[Ratio]:
     return found
 
 
-def _over(call: Callable[..., Any], x: np.ndarray, ref: np.ndarray) -> Callable[[], object]:
-    return lambda: call(x, ref)
+def _off(own: Callable[..., Any], other: Callable[..., Any], x: np.ndarray, ref: np.ndarray) -> float:
+    """How far ours is from theirs at most, as a share of it, in a few rows."""
+    return float(np.max(np.abs(own(x[:FEW], ref) / other(x[:FEW], ref) - 1)))

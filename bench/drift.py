@@ -35,20 +35,23 @@ def rows(count: int, seed: int) -> np.ndarray:
     return made + np.float32(0.1 * (seed % 2))
 
 
-def frechet_by_root(x: np.ndarray, y: np.ndarray) -> float:
+def gaussians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """The covariances of both, and the distance without that of their roots."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     mine, other, apart = np.cov(x.T), np.cov(y.T), x.mean(axis=0) - y.mean(axis=0)
+    return mine, other, float(apart @ apart + np.trace(mine) + np.trace(other))
+
+
+def frechet_by_root(x: np.ndarray, y: np.ndarray) -> float:
+    mine, other, apart = gaussians(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        root = sqrtm(mine @ other).real
-    return float(apart @ apart + np.trace(mine + other - 2 * root))
+        return apart - 2 * float(np.trace(sqrtm(mine @ other).real))
 
 
 def frechet_by_eigenvalues(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    mine, other, apart = np.cov(x.T), np.cov(y.T), x.mean(axis=0) - y.mean(axis=0)
-    root = np.sqrt(np.maximum(np.linalg.eigvals(mine @ other).real, 0)).sum()
-    return float(apart @ apart + np.trace(mine) + np.trace(other) - 2 * root)
+    mine, other, apart = gaussians(x, y)
+    return apart - 2 * float(np.sqrt(np.maximum(np.linalg.eigvals(mine @ other).real, 0)).sum())
 
 
 def kid_by_kernels(x: np.ndarray, y: np.ndarray) -> float:

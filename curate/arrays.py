@@ -26,6 +26,12 @@ def tiles(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[slice
         yield slice(start, min(start + step, rows))
 
 
+def pair_tiles(rows: int, dim: int) -> Iterator[slice]:
+    """Slices that cover either side of a comparison of rows [rows, dim] with rows, all pairs of two slices in float64:
+    1,024 rows, or as many as leave their own copies a quarter of a tile."""
+    return tiles(rows, max(32 * dim, TILE_BYTES // 1024))
+
+
 def matrix(name: str, value: ArrayLike, *, columns: int | None = None, rows: int | None = None) -> Floats:
     """A finite, real [N, D] array with N and D at least 1, not copied; WinnowError otherwise."""
     array = _array(name, value)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from curate import arrays, rows
-from curate.arrays import Bools, Float64s, Floats, matrix, tiles
+from curate import rows
+from curate.arrays import Bools, Float64s, Floats, matrix, pair_tiles
 from curate.neighbours import prepare, search
 from schemas.errors import WinnowError
 
@@ -40,9 +40,9 @@ def manifold(samples: ArrayLike, reference: ArrayLike, k: int = 5) -> Manifold:
     balls = np.zeros(len(x), np.int64)
     reached, covered = np.zeros(len(ref), bool), np.zeros(len(ref), bool)
     centre = rows.mean(ref)
-    for own in tiles(len(x), max(32 * x.shape[1], arrays.TILE_BYTES // 1024)):
+    for own in pair_tiles(*x.shape):
         mine = rows.exact(x[own]) - centre
-        for other in tiles(len(ref), max(32 * x.shape[1], arrays.TILE_BYTES // 1024)):
+        for other in pair_tiles(*ref.shape):
             theirs = rows.exact(ref[other]) - centre
             squared = np.vecdot(mine, mine)[:, None] + np.vecdot(theirs, theirs) - 2 * mine @ theirs.T
             inside = squared <= around_ref[other]

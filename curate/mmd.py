@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from curate import arrays
-from curate.arrays import Float64s, Floats, matrix, tiles
+from curate.arrays import Float64s, Floats, matrix, pair_tiles, tiles
 from curate.drift import Interval, mean_within
 from schemas.errors import WinnowError
 
@@ -82,10 +81,9 @@ def _kernel_means(x: Floats, y: Floats, kernel: Kernel) -> Float64s:
     """Mean over j of kernel(x_i . y_j): [N], a tile of rows against a tile of rows at a time. Of rows against
     themselves each pair of tiles is taken once."""
     sums, same = np.zeros(len(x)), x is y
-    row_bytes = max(32 * x.shape[1], arrays.TILE_BYTES // 1024)  # small tiles: those on the diagonal are taken whole
-    for own in tiles(len(x), row_bytes):
+    for own in pair_tiles(*x.shape):
         rows = x[own].astype(np.float64)
-        for other in tiles(len(y), row_bytes):
+        for other in pair_tiles(*y.shape):
             if same and other.start < own.start:
                 continue
             others = rows if same and other == own else y[other].astype(np.float64)
