@@ -3,13 +3,12 @@
     python -m bench scale                 the curve from 10,000 to 1,000,000 samples, and the same by hand
     python -m bench.scale ours N          one size, in this process: seconds and peak memory by stage
     python -m bench.scale exact N         the same, its distances by all pairs
-    python -m bench.scale theirs N        what is otherwise written with pandas, scikit-learn and datasets
 
 Rounds of 10,000 samples: small images, five scores, 768 numbers in float16 that form clusters; D_0 has 50,000. Each
 round's samples are measured by their 10 nearest of D_0, one of each prompt's ten is kept by rank fusion of the five
 scores, weighed by its distance, and all kept ones are exported. Ours finds the nearest through an index, as it does by
-default for a D_0 of this size (95 % of them or more, by its own measure), and once more by all pairs, as theirs does.
-All read the same Parquet files, in a process of their own, and write theirs to the same disk.
+default for a D_0 of this size (95 % of them or more, by its own measure), and once more by all pairs, as theirs does
+(bench/by_hand.py). All read the same Parquet files, in a process of their own, and write theirs to the same disk.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ ROUND, PROMPT, D0, DIM, K = 10_000, 10, 50_000, 768, 10
 CLUSTERS, FILE = 500, 400  # bytes an image file
 SPACE, SCORERS = "open_clip:made/up", tuple(f"open_clip:made/up-{i}" for i in range(5))
 FIRST = 10**9  # of the ids of D_0, whose prompts are those of the first rounds
-THEIRS = "theirs.parquet"
 WAYS = {"ours": "by index", "exact": "all pairs"}  # of ours, and how each finds the nearest
 PEER = "pandas + scikit-learn + datasets"
 
@@ -119,64 +117,6 @@ def ours(store: Path, samples: int, index: str = "auto") -> dict[str, Any]:
     return watch.found
 
 
-def theirs(store: Path, samples: int) -> dict[str, Any]:
-    """The same with pandas, scikit-learn and datasets, a round at a time where that takes less memory."""
-    import datasets
-    import pandas as pd
-    from sklearn.neighbors import NearestNeighbors
-
-    datasets.disable_progress_bars()
-    tables, watch, kept = store / "tables", Peak(), {}
-
-    def read(table: str, folder: str, columns: list[str]) -> pd.DataFrame:
-        files = sorted((tables / table / folder).rglob("*.parquet"))
-        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
-
-    def vectors(folder: str) -> tuple[np.ndarray, np.ndarray]:
-        found = read("embeddings", folder, ["sample_id", "vector"])
-        return found["sample_id"].to_numpy(), np.stack(found["vector"].to_numpy()).astype(np.float32)
-
-    def reference() -> None:
-        _, d0 = vectors("round-0")
-        kept["index"] = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(d0)
-        kept["own"] = kept["index"].kneighbors()[0].mean(axis=1)  # each row left out of its own neighbours
-
-    def distance() -> None:
-        for number in range(1, samples // ROUND + 1):
-            ids, x = vectors(f"round-{number}")
-            kept[number] = pd.DataFrame({"sample_id": ids, "distance": kept["index"].kneighbors(x)[0].mean(axis=1)})
-
-    def select() -> None:
-        for number in range(1, samples // ROUND + 1):
-            scores = read("scores", f"round-{number}", ["sample_id", "scorer", "value"])
-            wide = scores.pivot(index="sample_id", columns="scorer", values="value").reset_index()
-            wide = wide.merge(read("samples", f"round-{number}", ["sample_id", "prompt_id"]), on="sample_id")
-            wide["rank"] = wide.groupby("prompt_id")[list(SCORERS)].rank(pct=True).mean(axis=1)
-            best = wide.sort_values(["rank", "sample_id"], ascending=[False, True]).groupby("prompt_id").head(1)
-            kept[number] = best.merge(kept[number], on="sample_id")
-
-    def weigh() -> None:
-        beta, tail = np.quantile(kept["own"], [0.9, 0.99])
-        for number in range(1, samples // ROUND + 1):
-            far = kept[number]["distance"]
-            kept[number]["weight"] = np.where(far <= beta, 1.0, np.exp(-(far - beta) / (tail - beta)))
-
-    def export() -> None:
-        chosen = pd.concat([kept[number] for number in range(1, samples // ROUND + 1)])
-        files = [str(file) for number in range(1, samples // ROUND + 1)
-                 for file in (tables / "samples" / f"round-{number}").rglob("*.parquet")]  # fmt: skip
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(store.parent / "cache"))
-        place = pd.Series(np.arange(len(rows)), index=np.array(rows["sample_id"]))
-        some = rows.select(place[chosen["sample_id"]].to_numpy())
-        for name in ("weight", *SCORERS):
-            some = some.add_column(name, chosen[name].to_numpy())
-        some.to_parquet(str(store.parent / THEIRS))
-
-    for stage in (reference, distance, select, weigh, export):
-        watch("D_0" if stage is reference else stage.__name__, stage)
-    return watch.found
-
-
 def run() -> list[Ratio]:
     """Seconds and memory, ours by both ways beside theirs, at each size; by stage in the words."""
     found = []
@@ -217,16 +157,14 @@ def _apart(who: str, store: Path, samples: int) -> dict[str, Any]:
     """One side in a process of its own, over the same files in a folder of its own."""
     own = store.parent / who / "store"
     shutil.copytree(store, own, copy_function=os.link)  # a store's files are never written again
-    words = [sys.executable, "-m", "bench.scale", who, str(samples), str(own)]
-    said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    ways = {"theirs": ["bench.by_hand", str(own), str(samples // ROUND), str(K), *SCORERS]}
+    words = ways.get(who, ["bench.scale", who, str(samples), str(own)])
+    said = subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(said.stdout.splitlines()[-1])
 
 
 def main(who: str, samples: str, store: str = "") -> None:
-    sides: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-        "ours": ours, "exact": partial(ours, index="exact"), "theirs": theirs
-    }  # fmt: skip
-    side = sides[who]
+    side = partial(ours, index={"ours": "auto", "exact": "exact"}[who])
     if store:
         print(json.dumps(side(Path(store), int(samples))))
         return

@@ -139,6 +139,15 @@ def knn_by_index(x: ArrayLike, reference: Reference, k: int = 10, metric: str = 
     return _finite(values), recall
 
 
+def self_by_index(reference: Reference, k: int = 10, metric: str = "l2") -> tuple[Float64s, float]:
+    """`self_distance` [M] with the neighbours that an index finds, as `knn_by_index` has them, so that both err alike;
+    and its recall, each row itself among the found."""
+    _check(metric)
+    k = _neighbours(k, len(reference.rows) - 1)
+    values, recall = _mean_of_nearest(reference.rows, reference, k, metric, True)
+    return _finite(values), recall
+
+
 def nearest(
     x: ArrayLike, reference: ArrayLike, k: int = 10, metric: str = "l2"
 ) -> tuple[np.ndarray, Float64s]:

@@ -133,7 +133,7 @@ def _tuned(index: faiss.Index, probes: Floats, truth: Ints, count: int) -> tuple
     """The index as a Finder that looks as widely as the probes ask for, at most at everything, and its recall."""
     k, graph, codes = truth.shape[1], isinstance(index, faiss.IndexHNSW), isinstance(index, faiss.IndexIVFPQ)
     most = count if graph else index.nlist
-    width, wanted = min(most, max(8, k)), k
+    width, wanted = min(most, max(8, k)) if graph else 1, k
     last = min(count, MOST * k) if codes else k  # codes stand for no exact place: more are asked for, and measured
     while True:
         if graph:

@@ -16,7 +16,6 @@ from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
-from schemas.ids import digest
 from schemas.settings import Settings
 from schemas.tables import TABLES
 
@@ -56,19 +55,18 @@ def distance(run: Run, split: str = "train") -> None:
     settings = run.recipe.distance
     if settings.space is None:
         return
-    embedded(run, settings.space, split)
     d0 = embedded(run.base(), settings.space, "reference")
     spec = ["distance", settings.model_dump(mode="json"), sorted(d0.tolist())]
     for place, rows in samples.sets(run, split):
         rows = rows.select(["sample_id"])
         folders = {"round": run.round, "arm": run.arm, "split": split, "space": settings.space} | place
         work = units("distances", folders, rows, len(rows), spec)
-        complete(run, "distance", "distances", work, lambda: _work(run, split, settings))
+        complete(run, "distance", "distances", work, lambda: _work(run, split, settings, d0))
 
 
-def _work(run: Run, split: str, settings: Distance) -> Work:
+def _work(run: Run, split: str, settings: Distance, d0: np.ndarray) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
+        values = _own(run, settings, d0) if split == "reference" else _far(run, split, settings, d0, ids(rows))
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],
@@ -83,28 +81,38 @@ def _work(run: Run, split: str, settings: Distance) -> Work:
     return work
 
 
-def _own(run: Run, settings: Distance) -> np.ndarray:
-    """Distances of D_0 to itself [M]."""
-    _, reference = vectors_of(run, str(settings.space), "reference")
-    if settings.match == "whole":
-        return far.self_distance(reference, settings.kind, settings.metric, settings.k)
-    prompts = samples.of(run, "reference")["prompt_id"].to_numpy()
-    return far.self_matched(reference, prompts, settings.kind, settings.metric, settings.k)
+def _own(run: Run, settings: Distance, numbers: np.ndarray) -> np.ndarray:
+    """Distances of D_0, the samples ``numbers``, to itself [M]."""
+    d0 = _d0(run, settings, numbers)
+    if settings.match == "prompt":
+        prompts = samples.of(run, "reference")["prompt_id"].to_numpy()
+        return far.self_matched(d0.vectors, prompts, settings.kind, settings.metric, settings.k)
+    if d0.ready is None:
+        return far.self_distance(d0.vectors, settings.kind, settings.metric, settings.k)
+    values, recall = far.self_by_index(d0.ready, settings.k, settings.metric)
+    _tell("of D_0 to itself", recall, settings)
+    return values
 
 
-def _far(run: Run, split: str, settings: Distance, wanted: np.ndarray) -> np.ndarray:
-    """Distances to D_0 of these samples of a split [N]."""
-    numbers, x = vectors_of(run, str(settings.space), split)
-    some = np.isin(numbers, wanted)
-    d0 = _d0(run.base(), settings)
+def _far(run: Run, split: str, settings: Distance, numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Distances to D_0, the samples ``numbers``, of these samples of a split [N]."""
+    known, x = vectors_of(run, str(settings.space), split)
+    if len(wanted) < len(known):
+        x = x[np.isin(known, wanted)]
+    d0 = _d0(run.base(), settings, numbers)
     if settings.match == "prompt":
         mine, theirs = (samples.of(*of)["prompt_id"].to_numpy() for of in ((run, split), (run.base(), "reference")))
-        return far.matched(x[some], mine[some], d0.vectors, theirs, settings.kind, settings.metric, settings.k)
+        mine = mine[np.isin(known, wanted)]
+        return far.matched(x, mine, d0.vectors, theirs, settings.kind, settings.metric, settings.k)
     if d0.ready is None:
-        return far.distance(x[some], d0.vectors, settings.kind, settings.metric, settings.k)
-    values, recall = far.knn_by_index(x[some], d0.ready, settings.k, settings.metric)
-    say(f"distance {run.arm} round {run.round}: the index finds {recall:.1%} of the {settings.k} nearest of D_0")
+        return far.distance(x, d0.vectors, settings.kind, settings.metric, settings.k)
+    values, recall = far.knn_by_index(x, d0.ready, settings.k, settings.metric)
+    _tell(f"{run.arm} round {run.round}", recall, settings)
     return values
+
+
+def _tell(what: str, recall: float, settings: Distance) -> None:
+    say(f"distance {what}: the index finds {recall:.1%} of the {settings.k} nearest of D_0")
 
 
 @dataclass(frozen=True)
@@ -115,15 +123,14 @@ class D0:
     ready: far.Reference | None
 
 
-_kept: dict[str, D0] = {}  # the newest alone: all rounds of a loop measure against one D_0
+_kept: dict[tuple[str, str, bytes], D0] = {}  # the newest alone: all rounds of a loop measure against one D_0
 
 
-def _d0(base: Run, settings: Distance) -> D0:
-    space = str(settings.space)
-    key = digest([str(base.store), settings.model_dump(mode="json"), embedded(base, space, "reference").tolist()])
+def _d0(base: Run, settings: Distance, numbers: np.ndarray) -> D0:
+    key = str(base.store), settings.model_dump_json(), numbers.tobytes()
     if key not in _kept:
         _kept.clear()
-        _, vectors = vectors_of(base, space, "reference")
+        _, vectors = vectors_of(base, str(settings.space), "reference")
         index = _best_index(vectors) if settings.index == "auto" else settings.index
         whole = settings.kind == "knn" and settings.match == "whole" and index != "exact"
         _kept[key] = D0(vectors, far.indexed(vectors, settings.metric, index) if whole else None)

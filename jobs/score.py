@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from jobs import samples
@@ -60,18 +61,18 @@ def _work(run: Run, name: str, loaded: Scorer) -> Work:
 
 def scores_of(run: Run, split: str, scorers: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Scores float64 [N] by scorer, in the order of ``samples.of``; WinnowError where one is missing."""
-    found = {}
-    expected = samples.of(run, split).num_rows
+    found, expected = {}, samples.of(run, split).num_rows
+    rows = run.here(
+        "SELECT scorer, value FROM scores JOIN samples USING (sample_id) WHERE scorer IN (SELECT unnest($scorers)) "
+        "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
+        scorers=list(scorers), round=run.round, arm=run.arm, split=split,
+    )  # fmt: skip
     for name in scorers:
-        rows = run.here(
-            "SELECT value FROM scores JOIN samples USING (sample_id) WHERE scorer = $scorer "
-            "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",
-            scorer=name, round=run.round, arm=run.arm, split=split,
-        )  # fmt: skip
-        if rows.num_rows != expected:
+        values = rows["value"].filter(pc.equal(rows["scorer"], name))
+        if len(values) != expected:
             raise WinnowError(
-                f"scores: {rows.num_rows} of {expected} {split} samples of round {run.round} are scored by {name!r}; "
+                f"scores: {len(values)} of {expected} {split} samples of round {run.round} are scored by {name!r}; "
                 "run 'winnow score' first"
             )
-        found[name] = rows["value"].to_numpy()
+        found[name] = values.to_numpy()
     return found

@@ -81,7 +81,7 @@ def weigh(run: Run) -> None:
         spec.append([selecting(run.recipe), run.recipe.select.model_dump(mode="json", include={"fuse", "within"})])
     work = units("weights", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
     ways = {"distance": partial(_by_distance, run, scale), "advantage": partial(_by_advantage, run)}
-    complete(run, "weigh", "weights", work, lambda: _work(run, ways.get(settings.by)))
+    complete(run, "weigh", "weights", work, lambda: _work(run, ways.get(settings.by), scale))
 
 
 def _by_distance(run: Run, scale: tuple[float, float], numbers: np.ndarray) -> np.ndarray:
@@ -105,14 +105,16 @@ def _at(numbers: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarra
     return values[order[np.searchsorted(known, numbers, sorter=order)]]
 
 
-def _work(run: Run, way: Callable[[np.ndarray], np.ndarray] | None) -> Work:
+def _work(
+    run: Run, way: Callable[[np.ndarray], np.ndarray] | None, scale: tuple[float, float] | None
+) -> Work:  # fmt: skip
     def work(rows: pa.Table) -> pa.Table:
         n = rows.num_rows
         weights = np.ones(n) if way is None else way(ids(rows))
         if way is not None:
             size = law.effective_sample_size(weights)
             settings = run.recipe.weigh
-            how = "" if settings.by == "advantage" else "; beta {:.4g}, sigma2 {:.4g}".format(*scale_of(run))
+            how = "" if scale is None else "; beta {:.4g}, sigma2 {:.4g}".format(*scale)
             most = settings.most if settings.by == "advantage" else 1.0
             clipped = f"{np.count_nonzero(weights >= most)} at the largest, {most:g}"
             say(

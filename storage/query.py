@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -33,22 +34,37 @@ def connect(
     root: str | Path, snapshot: Snapshot | int | None = None, memory: str = "2GB", threads: int = 1,
     sql: str | None = None,
 ) -> duckdb.DuckDBPyConnection:  # fmt: skip
-    """An in-memory connection with the views of `snapshot` (a number; None: the newest), or those of them that `sql`
+    """A connection of its own with the views of `snapshot` (a number; None: the newest), or those of them that `sql`
     can mean. For trusted SQL.
 
     One thread by default: with more, the sum of doubles differs from run to run.
     """
     home = check(root)
-    spill = str(home / "staging" / "spill")
-    connection = duckdb.connect(config={"memory_limit": memory, "threads": threads, "temp_directory": spill})
+    config = memory, threads, str(home / "staging" / "spill")
+    try:
+        connection = _own(_engine(*config).cursor())
+    except duckdb.Error:  # one query's internal error ends the engine for all
+        _engine.cache_clear()
+        connection = _own(_engine(*config).cursor())
     return _with_views(connection, home, snapshot, sql)
+
+
+@lru_cache(maxsize=1)
+def _engine(memory: str, threads: int, spill: str) -> duckdb.DuckDBPyConnection:
+    """DuckDB itself, whose start takes longer than many a query. What a connection to it makes is temporary, and seen
+    by no other; files are read anew every time."""
+    config = {"memory_limit": memory, "threads": threads, "temp_directory": spill, "enable_external_file_cache": False}
+    return duckdb.connect(config=config)
+
+
+def _own(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    # SQL must not see the Python variables of whoever calls.
+    return connection.execute("SET python_enable_replacements = false")
 
 
 def _with_views(
     connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None, sql: str | None = None
 ) -> duckdb.DuckDBPyConnection:
-    # SQL must not see the Python variables of whoever calls.
-    connection.execute("SET python_enable_replacements = false")
     snapshot = _meant(home, snapshot)
     try:
         _create(connection, views(snapshot, home, sql=sql))
@@ -70,7 +86,7 @@ def _meant(home: Path, snapshot: Snapshot | int | None) -> Snapshot:
 
 def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
     for statement in statements:
-        connection.execute(statement)
+        connection.execute(statement.replace("CREATE OR REPLACE VIEW", "CREATE OR REPLACE TEMP VIEW", 1))
 
 
 def unreadable(home: Path, error: Exception) -> WinnowError:
@@ -123,7 +139,7 @@ def user_query(
     home = check(root)
     statements = list(_read_only(sql))
     config = {"memory_limit": memory, "threads": 2, **_SANDBOX}
-    with duckdb.connect(config=config) as connection:
+    with _own(duckdb.connect(config=config)) as connection:
         _with_views(connection, home, snapshot)
         # The escaped form, too: DuckDB compares it with the paths in the views.
         allowed = ", ".join(literal(text) for text in {str(home), no_glob(home)})

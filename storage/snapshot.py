@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def load(root: str | Path, number: int) -> Snapshot:
         found = numbers(root)
         known = f"there are {found[0]} to {found[-1]}" if found else "nothing is sealed yet"
         raise WinnowError(f"snapshot {number}: not in {root}; {known}") from None
+    return _read(path, text)
+
+
+@lru_cache(maxsize=1)  # a stage asks for the newest with every query
+def _read(path: Path, text: bytes) -> Snapshot:
     try:
         body = json.loads(text)
         seal_of_body = body.pop("sha256")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from conftest import rows, sets
 from scipy.spatial.distance import cdist
 
-from bench import scale
+from bench import by_hand, scale
 from bench.selection import part
 from jobs import recipe as recipes
 from jobs.distance import distance
@@ -72,8 +74,8 @@ def test_all_that_is_timed_keeps_and_weighs_the_same(
     kept = rows(store, "SELECT sample_id, weight FROM selections WHERE kept ORDER BY sample_id")
     assert len(kept) == 24
 
-    assert list(scale.theirs(store, 120)) == list(stages)
-    other = pq.read_table(tmp_path / scale.THEIRS).sort_by("sample_id").to_pylist()
+    assert list(by_hand.curate(store, 2, scale.K, list(scale.SCORERS))) == list(stages)
+    other = pq.read_table(tmp_path / by_hand.OUT).sort_by("sample_id").to_pylist()
     assert [row["sample_id"] for row in other] == [row["sample_id"] for row in kept]
     mine, others = (np.array([row["weight"] for row in side]) for side in (kept, other))
     if index == "exact":
@@ -120,6 +122,12 @@ def test_a_side_runs_alone_over_links_to_the_same_files(
     assert set(json.loads(said.out)) == {"D_0", "distance", "select", "weigh", "export"}
     assert ("the index finds" in said.err) == by_index
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_theirs_keeps_all_threads() -> None:
+    # Beside FAISS's OpenMP, scikit-learn's search falls to one thread.
+    code = "import sys, bench.by_hand; assert 'sklearn' in sys.modules and 'faiss' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("index", ["ivf", "ivfpq", "hnsw"])
