@@ -140,12 +140,12 @@ def knn_by_index(x: ArrayLike, reference: Reference, k: int = 10, metric: str = 
 
 
 def self_by_index(reference: Reference, k: int = 10, metric: str = "l2") -> tuple[Float64s, float]:
-    """`self_distance` [M] with the neighbours that an index finds, as `knn_by_index` has them, so that both err alike;
-    and its recall, each row itself among the found."""
+    """`self_distance` [M] with the neighbours that an index finds, so that a threshold errs as the distances of
+    `knn_by_index` do; and its recall, measured."""
     _check(metric)
     k = _neighbours(k, len(reference.rows) - 1)
     values, recall = _mean_of_nearest(reference.rows, reference, k, metric, True)
-    return _finite(values), recall
+    return _finite(values), (recall * (k + 1) - 1) / k  # without the row itself, which is always found
 
 
 def nearest(

@@ -28,7 +28,7 @@ class Distance(Settings):
     """``space``: an encoder of ``embed.encoders``; null computes nothing. ``kind``: mean over D_0 (the paper),
     knn, center or mahalanobis; ``k`` and ``index`` are for knn alone. ``match``: the whole of D_0, or of each sample's
     own prompt. ``index``: auto is ivf for more than 20,000 images of D_0 whose copy in it takes 1 GiB or less, else
-    exact."""
+    exact; D_0's own distances are found in the same way."""
 
     space: str | None = None
     kind: Literal["mean", "knn", "center", "mahalanobis"] = "mean"

@@ -135,6 +135,9 @@ def curve(
         if tens:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            for side in (axes.xaxis, axes.yaxis):
+                side.set_major_formatter("{x:,.9g}")  # no formula, which is not set in this style
+                side.set_minor_formatter("")
         else:
             last = max((max(line.rounds) for line in lines), default=0)
             edge = max(0.25, last / 50)  # room for the marks at both ends

@@ -186,6 +186,24 @@ def test_an_index_finds_what_its_recall_says(index: str, metric: str) -> None:
     assert np.median(values / truth.mean(axis=1)) < 1.01
 
 
+@pytest.mark.parametrize("index", neighbours.INDEXES)
+@pytest.mark.parametrize("metric", d.METRICS)
+def test_an_index_leaves_each_row_out_of_its_own_neighbours(index: str, metric: str) -> None:
+    rng = np.random.default_rng(9)
+    centres = 3 * rng.normal(size=(40, 16))
+    ref = centres[rng.integers(0, 40, 3000)] + rng.normal(size=(3000, 16))
+    values, recall = d.self_by_index(d.indexed(ref, metric, index), 5, metric)
+    apart = brute(ref, ref, metric)
+    np.fill_diagonal(apart, np.inf)
+    true = np.sort(apart, axis=1)[:, :5].mean(axis=1)
+    assert neighbours.RECALL - 0.02 <= recall <= 1
+    assert (values >= true * (1 - 1e-6)).all() and np.median(values / true) < 1.01
+    if index == "exact":
+        np.testing.assert_allclose(values, d.self_distance(ref, "knn", metric, 5))
+    with pytest.raises(WinnowError, match="give k in 1..2999"):
+        d.self_by_index(d.indexed(ref, metric, index), 3000, metric)
+
+
 @pytest.mark.parametrize("index", neighbours.INDEXES[1:])
 def test_an_index_over_few_rows_finds_all(index: str) -> None:
     ref = np.random.default_rng(7).normal(size=(12, 3))

@@ -602,3 +602,10 @@ def test_a_legend_of_many_arms_hides_nothing_and_is_whole(count: int) -> None:
     assert len(set(named)) == count
     left, low = at["round"]
     assert all(y > low and (x > left + 30 or y > low + 8) for x, y in named)
+
+
+def test_scales_of_tens_are_numbered_in_full() -> None:
+    lines = [Line("ours", [10_000, 1_000_000], [5.0, 500.0], [0.0, 0.0])]
+    svg = ET.fromstring(base64.b64decode(curve("Time", "seconds", lines, axis="samples", tens=True).partition(",")[2]))
+    said = {"".join(one.itertext()) for one in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert said == {"Time", "seconds", "samples", "10", "100", "10,000", "100,000", "1,000,000"}

@@ -1,10 +1,13 @@
 """Views, and users' SQL: reads the store, reaches nothing else, writes nothing."""
 
+import os
 import shutil
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from contract import CONTRACT
 
@@ -139,6 +142,33 @@ def test_connect_is_trusted_and_sees_no_python(root: Path) -> None:
         with pytest.raises(Exception, match="secret does not exist"):
             connection.sql("SELECT * FROM secret")
     assert secret.num_rows == 1
+
+
+def test_each_connection_has_views_of_its_own(root: Path, tmp_path: Path) -> None:
+    empty = create(tmp_path / "empty")
+    with connect(root) as one, connect(empty) as two, connect(root, Snapshot()) as three:
+        counts = [some.sql("SELECT count(*) FROM samples").fetchall() for some in (one, two, three)]
+        assert counts == [[(6,)], [(0,)], [(0,)]]
+    with connect(root, sql="FROM samples") as four, pytest.raises(duckdb.CatalogException):
+        four.sql("SELECT * FROM scores")
+
+
+def test_a_part_is_read_anew_every_time(copy: Path) -> None:
+    part = next(part for part in latest(copy).parts if part.table == "samples")
+    before = arrow(copy, "SELECT * FROM samples ORDER BY sample_id")
+    changed = pq.read_table(copy / part.path)
+    time = (copy / part.path).stat()
+    pq.write_table(changed.set_column(changed.column_names.index("seed"), "seed", pa.array([7] * len(changed))),
+                   copy / part.path)  # fmt: skip
+    os.utime(copy / part.path, ns=(time.st_atime_ns, time.st_mtime_ns))
+    after = arrow(copy, "SELECT * FROM samples ORDER BY sample_id")
+    assert after["seed"].to_pylist().count(7) >= len(changed) and after != before
+
+
+def test_an_engine_that_broke_is_started_again(root: Path) -> None:
+    kept = query._engine("2GB", 1, str(root.resolve() / "staging" / "spill"))
+    kept.close()
+    assert arrow(root, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
 
 
 @pytest.mark.parametrize(
