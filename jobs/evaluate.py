@@ -61,8 +61,8 @@ class Evaluate(Settings):
 
 class Reference(Settings):
     """D_0: how many of the base's images, over how many of the training prompts (null: all). ``source``: images to take
-    in instead, real ones for example: a folder, Parquet files or hub:org/name, with their captions in ``column``; those
-    of a training prompt count, at most ``images_per_prompt`` of each."""
+    in instead, real ones for example: a folder, Parquet files, hub:org/name or embedded, with their captions in
+    ``column``; those of a training prompt count, at most ``images_per_prompt`` of each."""
 
     source: str | None = None
     column: str = "text"

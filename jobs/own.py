@@ -2,6 +2,7 @@
 
 A folder holds images and a ``metadata.jsonl`` (or .csv) of ``file_name`` and the caption, as Hugging Face's
 "imagefolder" has it; Parquet files and Hub datasets have an image and a caption column. Files stay as they are.
+"embedded" names real scenes of the embedded world.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
+from jobs.world import WEIGHTS
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from schemas.tables import TABLES
@@ -42,7 +44,9 @@ def opened(source: str, column: str, key: str) -> Any:
 
     disable_progress_bar()
     try:
-        if source.startswith(HUB):
+        if source == "embedded":
+            found = load_dataset("parquet", data_files=str(WEIGHTS / "scenes.parquet"), split="train")
+        elif source.startswith(HUB):
             found = load_dataset(source.removeprefix(HUB), split="train")
         else:
             path = Path(source).expanduser()

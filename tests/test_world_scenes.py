@@ -274,6 +274,21 @@ def test_real_features_are_those_of_the_prompts() -> None:
         real_vectors("embedded", ["a red fox"])
 
 
+def test_real_scenes_are_shipped_of_every_caption() -> None:
+    from collections import Counter
+
+    from jobs.images import decode
+    from jobs.own import opened
+    from jobs.world.judge import Judge
+
+    scenes = opened("embedded", "text", "reference")
+    assert Counter(scenes["text"]) == dict.fromkeys(all_captions(), build.EACH)
+    some = scenes.select(range(0, len(scenes), 4))
+    images = [decode(row["image"]["bytes"], "a scene") for row in some]
+    assert {image.size for image in images} == {(16, 16)}
+    assert np.mean(Judge()(images, list(some["text"]))[0]) > 0.9
+
+
 def test_real_features_of_a_users_file(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -89,7 +89,7 @@ def base(
     data: Annotated[str, typer.Option(help="An .npz of handwritten digits; empty for scikit-learn's.")] = "",
     to: Annotated[Path | None, typer.Option(help="The folder to write; by default the shipped weights.")] = None,
     seed: int = 0,
-    only: Annotated[list[str] | None, typer.Option(help="generator, clip, reader, judge or real.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="generator, clip, reader, judge, real or scenes.")] = None,
     scale: Annotated[float, typer.Option(min=0, help="Multiplies the training steps.")] = 1.0,
 ) -> None:
     """Build the models of the embedded default from a seed and real handwriting."""

@@ -2,5 +2,6 @@
 
 from pathlib import Path
 
-#: What ``make base`` built: pipeline/, clip/, reader.safetensors, judge.safetensors, real.parquet, card.json.
+#: What ``make base`` built: pipeline/, clip/, reader.safetensors, judge.safetensors, real.parquet,
+#: scenes.parquet, card.json.
 WEIGHTS = Path(__file__).parent / "weights"

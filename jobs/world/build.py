@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from curate.drift import diversity, frechet, moments
+from jobs.images import encode
 from jobs.progress import bar, say
 from jobs.world import WEIGHTS
 from jobs.world.clip import one_slot_wrong, save_clip, train_clip
@@ -35,6 +36,7 @@ from jobs.world.judge import DigitReader, judge, restore, train_judge
 from jobs.world.reader import SlotReader, log_likelihood, train_reader
 from jobs.world.scenes import Handwriting, Scene, all_captions, draw_scenes, handwriting, parse, render
 from schemas.errors import WinnowError
+from schemas.tables import IMAGE
 
 #: Shares of the shuffled handwriting: nobody's test digits come last.
 SLICES = {
@@ -49,7 +51,8 @@ REAL = 50  # real scenes of each caption behind ``fd_real``
 Slices = dict[str, Handwriting]
 Steps = dict[str, int]
 Figures = dict[str, Any]
-PARTS = ("generator", "clip", "reader", "judge", "real")
+EACH = 16  # real scenes of each caption behind ``reference.source: embedded``
+PARTS = ("generator", "clip", "reader", "judge", "real", "scenes")
 
 
 def digits(data: str | None) -> tuple[np.ndarray, np.ndarray, str]:
@@ -97,7 +100,7 @@ def build(
     card |= {"handwriting": source, "digits": len(images), "seed": seed, "slices": SLICES}
     makers: dict[str, Callable[..., dict[str, Any]]] = {
         "generator": _generator, "clip": _clip, "reader": _reader, "judge": _judge,
-        "real": partial(_real, judge_file=to / "judge.safetensors"),
+        "real": partial(_real, judge_file=to / "judge.safetensors"), "scenes": _scenes,
     }  # fmt: skip
     for part in only:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -202,6 +205,16 @@ def _real(hand: Slices, _: Steps, rng: np.random.Generator, to: Path, judge_file
         "fd_of_its_halves": round(frechet(*halves[0], *halves[1]), 2),
         "diversity": round(diversity(features, groups), 2),
     }
+
+
+def _scenes(hand: Slices, _: Steps, rng: np.random.Generator, to: Path) -> Figures:
+    """Real scenes of every caption, of the handwriting that the generator has learned from."""
+    texts = [text for text in all_captions() for _ in range(EACH)]
+    images = render([parse(text) for text in texts], hand["generator"], rng)
+    files = [{"bytes": encode(image, "png"), "path": None} for image in images]
+    table = pa.table({"image": pa.array(files, IMAGE), "text": texts})
+    pq.write_table(table, to / "scenes.parquet", compression="zstd")
+    return {"scenes": len(texts)}
 
 
 def _test(hand: Slices, rng: np.random.Generator, n: int = 2000) -> tuple[list[Scene], np.ndarray]:
