@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from curate import rows
 from curate.arrays import TILE_BYTES, TOO_LARGE, Float64s, Floats, Ints, keys, matrix, tiles
 from curate.mahalanobis import mahalanobis
-from curate.neighbours import HELD, Reference, prepare, search
+from curate.neighbours import HELD, RECALL, Reference, prepare, search
 from schemas.errors import WinnowError
 
 METRICS = ("l2", "mse", "cosine")
@@ -145,7 +145,7 @@ def self_by_index(reference: Reference, k: int = 10, metric: str = "l2") -> tupl
     _check(metric)
     k = _neighbours(k, len(reference.rows) - 1)
     values, recall = _mean_of_nearest(reference.rows, reference, k, metric, True)
-    return _finite(values), (recall * (k + 1) - 1) / k  # without the row itself, which is always found
+    return _finite(values), recall
 
 
 def nearest(
@@ -252,14 +252,15 @@ def _from_squared(squared: Float64s, metric: str, dim: int) -> Float64s:
 def _mean_of_nearest(x: Floats, ref: Reference, k: int, metric: str, same: bool) -> tuple[Float64s, float]:
     """The mean of the metric over the k nearest rows [N], and the share of the true ones among them."""
     values, recall = np.empty(len(x)), 0.0
+    least = (RECALL * k + same) / (k + same)  # of k others: the row itself is always found
     for tile in tiles(len(x), HELD * (k + same)):  # as many rows as a search takes, so that no [N, k] is held
-        indices, squared, share = search(x[tile], ref, k + same)
+        indices, squared, share = search(x[tile], ref, k + same, least)
         if same:  # drop the row itself; where exact doubles crowded it out, drop the farthest
             extra = indices == np.arange(tile.start, tile.stop)[:, None]
             extra[~extra.any(axis=1), -1] = True
             squared = squared[~extra].reshape(len(indices), k)
         values[tile] = np.mean(_from_squared(squared, metric, x.shape[1]), axis=1)
-        recall += share * len(indices) / len(x)
+        recall += (share * (k + same) - same) / k * len(indices) / len(x)
     return values, recall
 
 

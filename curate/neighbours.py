@@ -74,9 +74,9 @@ def _centre(ref: Floats, length: Float64s | None) -> Floats | None:
     return centre if 2 * np.vdot(centre, centre) > np.mean(np.vecdot(some, some)) else None
 
 
-def search(x: Floats, ref: Reference, k: int) -> Neighbours:
-    """The k reference rows nearest to each row of x [N, D], k in 1..M. Whatever found the rows, their distances are
-    sums of squared differences, in which nothing cancels."""
+def search(x: Floats, ref: Reference, k: int, share: float = RECALL) -> Neighbours:
+    """The k reference rows nearest to each row of x [N, D], k in 1..M, an index this share of them or more. Whatever
+    found the rows, their distances are sums of squared differences, in which nothing cancels."""
     own = None if ref.length is None else rows.lengths(x)
 
     def flat(query: Floats) -> Ints:
@@ -86,7 +86,7 @@ def search(x: Floats, ref: Reference, k: int) -> Neighbours:
     if ref.filled is not None:
         some = np.linspace(0, len(x) - 1, min(PROBES, len(x))).astype(np.int64)
         probes = rows.centred(x[some], ref.centre, None if own is None else own[some])
-        find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows))
+        find, recall = _tuned(ref.filled, probes, flat(probes), len(ref.rows), share)
     indices, squared = np.empty((len(x), k), np.int64), np.empty((len(x), k))
     copied = not (ref.centre is None and own is None and rows.plain(x))
     for tile in tiles(len(x), 4 * x.shape[1] if copied else HELD * k):
@@ -129,7 +129,7 @@ def _index(ref: Floats, kind: str, centre: Floats | None, length: Float64s | Non
     return index
 
 
-def _tuned(index: faiss.Index, probes: Floats, truth: Ints, count: int) -> tuple[Finder, float]:
+def _tuned(index: faiss.Index, probes: Floats, truth: Ints, count: int, share: float) -> tuple[Finder, float]:
     """The index as a Finder that looks as widely as the probes ask for, at most at everything, and its recall."""
     k, graph, codes = truth.shape[1], isinstance(index, faiss.IndexHNSW), isinstance(index, faiss.IndexIVFPQ)
     most = count if graph else index.nlist
@@ -142,7 +142,7 @@ def _tuned(index: faiss.Index, probes: Floats, truth: Ints, count: int) -> tuple
             index.nprobe = width
         found = index.search(probes, wanted)[1]
         recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(truth, found, strict=True)]))
-        if recall >= RECALL or (width >= most and wanted >= last):
+        if recall >= share or (width >= most and wanted >= last):
             return partial(_found, index, wanted), recall
         width, wanted = min(most, 2 * width), min(last, 2 * wanted)
 

@@ -18,6 +18,7 @@ from jobs.stage import Work, complete, units
 from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
+from storage.snapshot import latest
 
 REFERENCE = "d0"
 EXACT = 20_000  # rows of D_0 up to which searching all of them takes less than building an index
@@ -61,12 +62,12 @@ def distance(run: Run, split: str = "train") -> None:
         rows = rows.select(["sample_id"])
         folders = {"round": run.round, "arm": run.arm, "split": split, "space": settings.space} | place
         work = units("distances", folders, rows, len(rows), spec)
-        complete(run, "distance", "distances", work, lambda: _work(run, split, settings, d0))
+        complete(run, "distance", "distances", work, lambda: _work(run, split, settings))
 
 
-def _work(run: Run, split: str, settings: Distance, d0: np.ndarray) -> Work:
+def _work(run: Run, split: str, settings: Distance) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        values = _own(run, settings, d0) if split == "reference" else _far(run, split, settings, d0, ids(rows))
+        values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],
@@ -81,9 +82,9 @@ def _work(run: Run, split: str, settings: Distance, d0: np.ndarray) -> Work:
     return work
 
 
-def _own(run: Run, settings: Distance, numbers: np.ndarray) -> np.ndarray:
-    """Distances of D_0, the samples ``numbers``, to itself [M]."""
-    d0 = _d0(run, settings, numbers)
+def _own(run: Run, settings: Distance) -> np.ndarray:
+    """Distances of D_0 to itself [M]."""
+    d0 = _d0(run, settings)
     if settings.match == "prompt":
         prompts = samples.of(run, "reference")["prompt_id"].to_numpy()
         return far.self_matched(d0.vectors, prompts, settings.kind, settings.metric, settings.k)
@@ -94,16 +95,15 @@ def _own(run: Run, settings: Distance, numbers: np.ndarray) -> np.ndarray:
     return values
 
 
-def _far(run: Run, split: str, settings: Distance, numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Distances to D_0, the samples ``numbers``, of these samples of a split [N]."""
-    known, x = vectors_of(run, str(settings.space), split)
-    if len(wanted) < len(known):
-        x = x[np.isin(known, wanted)]
-    d0 = _d0(run.base(), settings, numbers)
+def _far(run: Run, split: str, settings: Distance, wanted: np.ndarray) -> np.ndarray:
+    """Distances to D_0 of these samples of a split [N]."""
+    numbers, x = vectors_of(run, str(settings.space), split)
+    some = np.isin(numbers, wanted)
+    x = x if some.all() else x[some]
+    d0 = _d0(run.base(), settings)
     if settings.match == "prompt":
         mine, theirs = (samples.of(*of)["prompt_id"].to_numpy() for of in ((run, split), (run.base(), "reference")))
-        mine = mine[np.isin(known, wanted)]
-        return far.matched(x, mine, d0.vectors, theirs, settings.kind, settings.metric, settings.k)
+        return far.matched(x, mine[some], d0.vectors, theirs, settings.kind, settings.metric, settings.k)
     if d0.ready is None:
         return far.distance(x, d0.vectors, settings.kind, settings.metric, settings.k)
     values, recall = far.knn_by_index(x, d0.ready, settings.k, settings.metric)
@@ -123,11 +123,13 @@ class D0:
     ready: far.Reference | None
 
 
-_kept: dict[tuple[str, str, bytes], D0] = {}  # the newest alone: all rounds of a loop measure against one D_0
+_kept: dict[tuple[str, ...], D0] = {}  # the newest alone: all rounds of a loop measure against one D_0
 
 
-def _d0(base: Run, settings: Distance, numbers: np.ndarray) -> D0:
-    key = str(base.store), settings.model_dump_json(), numbers.tobytes()
+def _d0(base: Run, settings: Distance) -> D0:
+    parts = (part for part in latest(base.store).of_round(base.round).parts if part.table == "embeddings")
+    held = (part.sha256 for part in parts if "/split-reference/" in part.path)
+    key = str(base.store), settings.model_dump_json(), *held
     if key not in _kept:
         _kept.clear()
         _, vectors = vectors_of(base, str(settings.space), "reference")

@@ -62,6 +62,8 @@ def _work(run: Run, name: str, loaded: Scorer) -> Work:
 def scores_of(run: Run, split: str, scorers: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Scores float64 [N] by scorer, in the order of ``samples.of``; WinnowError where one is missing."""
     found, expected = {}, samples.of(run, split).num_rows
+    if not scorers:
+        return found
     rows = run.here(
         "SELECT scorer, value FROM scores JOIN samples USING (sample_id) WHERE scorer IN (SELECT unnest($scorers)) "
         "AND samples.round = $round AND arm = $arm AND split = $split ORDER BY prompt_id, sample_id",

@@ -51,8 +51,8 @@ def connect(
 
 @lru_cache(maxsize=1)
 def _engine(memory: str, threads: int, spill: str) -> duckdb.DuckDBPyConnection:
-    """DuckDB itself, whose start takes longer than many a query. What a connection to it makes is temporary, and seen
-    by no other; files are read anew every time."""
+    """DuckDB itself, whose start takes longer than many a query; ``memory`` is for all connections to it. Their views
+    are temporary, and seen by no other; files are read anew every time."""
     config = {"memory_limit": memory, "threads": threads, "temp_directory": spill, "enable_external_file_cache": False}
     return duckdb.connect(config=config)
 
@@ -67,11 +67,11 @@ def _with_views(
 ) -> duckdb.DuckDBPyConnection:
     snapshot = _meant(home, snapshot)
     try:
-        _create(connection, views(snapshot, home, sql=sql))
+        _create(connection, views(snapshot, home, sql=sql, kind="TEMP VIEW"))
     except duckdb.Error:
         absent = {part.path for part in snapshot.parts if not (home / part.path).exists()}
         try:
-            _create(connection, views(snapshot, home, absent, sql))
+            _create(connection, views(snapshot, home, absent, sql, "TEMP VIEW"))
         except duckdb.Error as error:
             raise unreadable(home, error) from error
     return connection
@@ -86,11 +86,13 @@ def _meant(home: Path, snapshot: Snapshot | int | None) -> Snapshot:
 
 def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
     for statement in statements:
-        connection.execute(statement.replace("CREATE OR REPLACE VIEW", "CREATE OR REPLACE TEMP VIEW", 1))
+        connection.execute(statement)
 
 
 def unreadable(home: Path, error: Exception) -> WinnowError:
-    """What to say of a DuckDB error over trusted SQL: the part that is missing, or that one cannot be read."""
+    """What to say of a DuckDB error over trusted SQL: the part that is missing, or that one cannot be read. The next
+    query starts DuckDB anew, in case the error is its own."""
+    _engine.cache_clear()
     if MISSING in str(error):
         return WinnowError(_one_line(error).partition("Error: ")[2])
     return WinnowError(f"{home}: a part cannot be read ({_one_line(error)}); 'winnow verify' names it and the cure")

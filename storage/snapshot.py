@@ -37,8 +37,8 @@ class Spent:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that was sealed up to here. `parts` are all live parts, not only those of this stage; `spent` is what
-    all stages took."""
+    """Everything that was sealed up to here, shared by all who read it and not to be changed. `parts` are all live
+    parts, not only those of this stage; `spent` is what all stages took."""
 
     number: int = 0
     stage: str = ""

@@ -59,10 +59,11 @@ def _layout(table: Table) -> str:
 
 
 def views(
-    snapshot: Snapshot, root: str | Path, absent: Collection[str] = (), sql: str | None = None
+    snapshot: Snapshot, root: str | Path, absent: Collection[str] = (), sql: str | None = None, kind: str = "VIEW"
 ) -> list[str]:
-    """CREATE OR REPLACE VIEW statements for every table (empty and typed where it has no parts), for `curated`, and for
-    `opinions` and `win_rates` over the votes; or for those alone that `sql` can mean: each costs the opening of a file.
+    """CREATE OR REPLACE statements of this kind of view (or "TEMP VIEW") for every table (empty and typed where it has
+    no parts), for `curated`, and for `opinions` and `win_rates` over the votes; or for those alone that `sql` can mean:
+    each costs the opening of a file.
 
     A table with one of the `absent` parts gets a view that refuses to be read: the others can be, so that the
     stage that made the part can make it again. Only `weights` leaves it out: its rows are then not weighed.
@@ -90,7 +91,7 @@ def views(
             sql += bodies[name]
         else:
             del bodies[name]
-    return [f"CREATE OR REPLACE VIEW {identifier(name)} AS {body}" for name, body in bodies.items()]
+    return [f"CREATE OR REPLACE {kind} {identifier(name)} AS {body}" for name, body in bodies.items()]
 
 
 def _columns(name: str, value: str) -> str:

@@ -81,7 +81,7 @@ def test_all_that_is_timed_keeps_and_weighs_the_same(
     if index == "exact":
         np.testing.assert_allclose(mine, others, rtol=1e-4)
     else:
-        assert (mine <= others * (1 + 1e-4)).all() and mine.mean() > 0.95 * others.mean()
+        assert np.abs(mine - others).mean() < 0.05 * others.mean()  # β errs as the distances do
     exported = [pq.read_table(path) for path in (store / "shards").rglob("*.parquet")]
     assert sum(table.num_rows for table in exported) == 24
 

@@ -188,18 +188,19 @@ def test_an_index_finds_what_its_recall_says(index: str, metric: str) -> None:
 
 @pytest.mark.parametrize("index", neighbours.INDEXES)
 @pytest.mark.parametrize("metric", d.METRICS)
-def test_an_index_leaves_each_row_out_of_its_own_neighbours(index: str, metric: str) -> None:
+@pytest.mark.parametrize("k", [1, 5])
+def test_an_index_leaves_each_row_out_of_its_own_neighbours(index: str, metric: str, k: int) -> None:
     rng = np.random.default_rng(9)
     centres = 3 * rng.normal(size=(40, 16))
     ref = centres[rng.integers(0, 40, 3000)] + rng.normal(size=(3000, 16))
-    values, recall = d.self_by_index(d.indexed(ref, metric, index), 5, metric)
+    values, recall = d.self_by_index(d.indexed(ref, metric, index), k, metric)
     apart = brute(ref, ref, metric)
     np.fill_diagonal(apart, np.inf)
-    true = np.sort(apart, axis=1)[:, :5].mean(axis=1)
-    assert neighbours.RECALL - 0.02 <= recall <= 1
+    true = np.sort(apart, axis=1)[:, :k].mean(axis=1)
+    assert neighbours.RECALL <= recall <= 1
     assert (values >= true * (1 - 1e-6)).all() and np.median(values / true) < 1.01
     if index == "exact":
-        np.testing.assert_allclose(values, d.self_distance(ref, "knn", metric, 5))
+        np.testing.assert_allclose(values, d.self_distance(ref, "knn", metric, k))
     with pytest.raises(WinnowError, match="give k in 1..2999"):
         d.self_by_index(d.indexed(ref, metric, index), 3000, metric)
 

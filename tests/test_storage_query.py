@@ -146,7 +146,7 @@ def test_connect_is_trusted_and_sees_no_python(root: Path) -> None:
 
 def test_each_connection_has_views_of_its_own(root: Path, tmp_path: Path) -> None:
     empty = create(tmp_path / "empty")
-    with connect(root) as one, connect(empty) as two, connect(root, Snapshot()) as three:
+    with connect(root) as one, connect(root, Snapshot()) as two, connect(empty) as three:
         counts = [some.sql("SELECT count(*) FROM samples").fetchall() for some in (one, two, three)]
         assert counts == [[(6,)], [(0,)], [(0,)]]
     with connect(root, sql="FROM samples") as four, pytest.raises(duckdb.CatalogException):
