@@ -25,7 +25,7 @@ from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
 from schemas.errors import WinnowError
 from storage.layout import check, clean
-from storage.query import connect, unreadable
+from storage.query import connect
 from storage.snapshot import Snapshot, latest, load, numbers
 
 
@@ -56,10 +56,7 @@ def opened(store: Path, without_lost: bool = False) -> Iterator[Source]:
         lost = tuple(part.path for part in snapshot.parts if not (home / part.path).exists())
         snapshot = replace(snapshot, parts=tuple(part for part in snapshot.parts if part.path not in lost))
     with connect(home, snapshot) as connection:
-        try:
-            yield Source(home, snapshot, connection, lost)
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise unreadable(home, error) from error
+        yield Source(home, snapshot, connection, lost)
 
 
 def recipe_of(source: Source, arm: str) -> Recipe | None:

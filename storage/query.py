@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Timer
@@ -18,7 +19,9 @@ from storage.views import MISSING, literal, no_glob, views
 
 RESULT_BYTES = 2 * 2**30  # the most that a user's query may return; DuckDB's memory limit does not count it
 
+_OURS = {"python_enable_replacements": False}  # SQL must not see the Python variables of whoever calls
 _SANDBOX = {
+    **_OURS,
     "autoload_known_extensions": False,
     "autoinstall_known_extensions": False,
     "allow_community_extensions": False,
@@ -30,23 +33,27 @@ _SANDBOX = {
 _READS = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 
 
+@contextmanager
 def connect(
     root: str | Path, snapshot: Snapshot | int | None = None, memory: str = "2GB", threads: int = 1,
     sql: str | None = None,
-) -> duckdb.DuckDBPyConnection:  # fmt: skip
+) -> Iterator[duckdb.DuckDBPyConnection]:  # fmt: skip
     """A connection of its own with the views of `snapshot` (a number; None: the newest), or those of them that `sql`
-    can mean. For trusted SQL.
+    can mean. For trusted SQL: where it cannot read a part, the block raises WinnowError.
 
     One thread by default: with more, the sum of doubles differs from run to run.
     """
     home = check(root)
-    config = memory, threads, str(home / "staging" / "spill")
-    try:
-        connection = _own(_engine(*config).cursor())
-    except duckdb.Error:  # one query's internal error ends the engine for all
-        _engine.cache_clear()
-        connection = _own(_engine(*config).cursor())
-    return _with_views(connection, home, snapshot, sql)
+    with _engine(memory, threads, str(home / "staging" / "spill")).cursor() as connection:
+        _with_views(connection, home, snapshot, sql)
+        try:
+            yield connection
+        except duckdb.Error as error:
+            # An internal error ends DuckDB for all, a lost spill folder for all that spill: the next one starts anew.
+            _engine.cache_clear()
+            if isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+                raise unreadable(home, error) from error
+            raise
 
 
 @lru_cache(maxsize=1)
@@ -54,17 +61,12 @@ def _engine(memory: str, threads: int, spill: str) -> duckdb.DuckDBPyConnection:
     """DuckDB itself, whose start takes longer than many a query; ``memory`` is for all connections to it. Their views
     are temporary, and seen by no other; files are read anew every time."""
     config = {"memory_limit": memory, "threads": threads, "temp_directory": spill, "enable_external_file_cache": False}
-    return duckdb.connect(config=config)
-
-
-def _own(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    # SQL must not see the Python variables of whoever calls.
-    return connection.execute("SET python_enable_replacements = false")
+    return duckdb.connect(config=config | _OURS)
 
 
 def _with_views(
     connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None, sql: str | None = None
-) -> duckdb.DuckDBPyConnection:
+) -> None:
     snapshot = _meant(home, snapshot)
     try:
         _create(connection, views(snapshot, home, sql=sql, kind="TEMP VIEW"))
@@ -74,7 +76,6 @@ def _with_views(
             _create(connection, views(snapshot, home, absent, sql, "TEMP VIEW"))
         except duckdb.Error as error:
             raise unreadable(home, error) from error
-    return connection
 
 
 def _meant(home: Path, snapshot: Snapshot | int | None) -> Snapshot:
@@ -90,9 +91,7 @@ def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> Non
 
 
 def unreadable(home: Path, error: Exception) -> WinnowError:
-    """What to say of a DuckDB error over trusted SQL: the part that is missing, or that one cannot be read. The next
-    query starts DuckDB anew, in case the error is its own."""
-    _engine.cache_clear()
+    """What to say of a DuckDB error over a store's views: the part that is missing, or that one cannot be read."""
     if MISSING in str(error):
         return WinnowError(_one_line(error).partition("Error: ")[2])
     return WinnowError(f"{home}: a part cannot be read ({_one_line(error)}); 'winnow verify' names it and the cure")
@@ -103,10 +102,7 @@ def arrow(
 ) -> pa.Table:
     """The result of one trusted statement as an Arrow table. Vectors come as list<float>, not float16."""
     with connect(root, snapshot, sql=sql) as connection:
-        try:
-            return connection.sql(sql, params=params).to_arrow_table()
-        except (duckdb.IOException, duckdb.InvalidInputException) as error:
-            raise unreadable(check(root), error) from error
+        return connection.sql(sql, params=params).to_arrow_table()
 
 
 def stream(
@@ -116,8 +112,8 @@ def stream(
     with connect(root, snapshot, sql=sql) as connection:
         try:
             yield from connection.sql(sql, params=params).to_arrow_reader(2048)
-        except (duckdb.IOException, duckdb.InvalidInputException, OSError) as error:
-            raise unreadable(check(root), error) from error
+        except OSError as error:  # what Arrow makes of DuckDB's errors
+            raise duckdb.IOException(str(error)) from error
 
 
 def script(root: str | Path, snapshot: Snapshot | int | None = None) -> str:
@@ -141,7 +137,7 @@ def user_query(
     home = check(root)
     statements = list(_read_only(sql))
     config = {"memory_limit": memory, "threads": 2, **_SANDBOX}
-    with _own(duckdb.connect(config=config)) as connection:
+    with duckdb.connect(config=config) as connection:
         _with_views(connection, home, snapshot)
         # The escaped form, too: DuckDB compares it with the paths in the views.
         allowed = ", ".join(literal(text) for text in {str(home), no_glob(home)})

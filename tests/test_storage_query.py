@@ -166,9 +166,16 @@ def test_a_part_is_read_anew_every_time(copy: Path) -> None:
 
 
 def test_an_engine_that_broke_is_started_again(root: Path) -> None:
-    kept = query._engine("2GB", 1, str(root.resolve() / "staging" / "spill"))
-    kept.close()
-    assert arrow(root, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
+    def spilling() -> int:
+        with connect(root, memory="60MB") as connection:
+            rows = connection.sql("SELECT a FROM range(6000000) t(a) ORDER BY hash(a) LIMIT 3 OFFSET 5000000")
+            return len(rows.fetchall())
+
+    assert spilling() == 3
+    shutil.rmtree(root / "staging" / "spill")  # which DuckDB makes when it first spills, and not again
+    with pytest.raises(WinnowError, match="No such file"):
+        spilling()
+    assert spilling() == 3
 
 
 @pytest.mark.parametrize(
