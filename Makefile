@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
-STUDIES := $(addprefix study-, ablation size weights accumulation reference mix)
+STUDIES := $(addprefix study-, ablation size weights accumulation reference mix real)
 .PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
   verify base study $(STUDIES) bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
 
@@ -105,6 +105,8 @@ study-reference: $(READY) ## a share of D_0 beside the selection
 	$(WINNOW) study reference $(ARGS)
 study-mix: $(READY) ## what another choice does in the place of one of the default's
 	$(WINNOW) study mix $(ARGS)
+study-real: $(READY) ## real scenes as D_0 and beside the selection (three seeds, eight rounds, smaller)
+	$(WINNOW) study real $(ARGS)
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
 	$(VENV)/bin/python -m bench $(ARGS)

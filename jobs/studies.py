@@ -21,6 +21,14 @@ NO_WEIGHTS: Changes = {"weigh": {"by": "nothing"}}
 FEW_PROMPTS: Changes = {"generate": {"prompts": 36, "images_per_prompt": 80}, "select": {"keep": 20}}
 QUOTA: Changes = {"select": {"policy": "diverse", "space": "scene-clip", "budget": 720}}
 NEON: Changes = {"train": {"neon": 0.1, "neon_on": "candidates"}}
+REPLACE: Changes = {"export": {"accumulate": False}}
+REAL: Changes = {"reference": {"source": "embedded", "images_per_prompt": 16}}
+QUARTER: Changes = {**REAL, "export": {"reference_share": 0.25}}
+AS_MANY: Changes = {**REAL, "export": {"reference_share": 1.0}}
+AFRESH: Changes = {**REAL, "export": {"reference_share": 1.0, "accumulate": False}}
+REAL_ALONE: Changes = {
+    **NO_WEIGHTS, **REPLACE, "generate": {"source": "embedded"}, "select": {"policy": "random", "keep": 16},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ STUDIES = {
     "accumulation": Study(
         "Train on the selections of all rounds, or on the last one alone?",
         "Not asked: each of its rounds trains on its own selection.",
-        {"accumulate": {}, "replace": {"export": {"accumulate": False}}},
+        {"accumulate": {}, "replace": REPLACE},
     ),
     "reference": Study(
         "Does a share of D₀ beside the selection help?",
@@ -81,6 +89,15 @@ STUDIES = {
             "Neon, w = 0.5": {"train": {"neon": 0.5, "neon_on": "candidates"}},
             "even sampling steps": {"generate": {"shift": None}}, "twice the training": {"train": {"steps": 850}},
         },
+    ),
+    "real": Study(
+        "What do real scenes add to eight rounds?",
+        "Not asked: its rounds see no real image.",
+        {
+            "the default": {}, "a quarter": QUARTER, "as many": AS_MANY, "as many, replace": AFRESH,
+            "as many, no preference": {**AS_MANY, **NO_PREFERENCE, **NO_WEIGHTS}, "real scenes alone": REAL_ALONE,
+        },
+        rounds=8,
     ),
 }  # fmt: skip
 
