@@ -91,7 +91,7 @@ STUDIES = {
         },
     ),
     "real": Study(
-        "What do real scenes add to eight rounds?",
+        "What do real scenes, of the handwriting that the base was trained on, add to eight rounds?",
         "Not asked: its rounds see no real image.",
         {
             "the default": {}, "a quarter": QUARTER, "as many": AS_MANY, "as many, replace": AFRESH,

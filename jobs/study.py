@@ -235,7 +235,7 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
                 continue
             machines.add(found["machine"])
             rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= study.rounds]
-    table = summarise(rows)
+    table, bases = summarise(rows), _bases(study, settings)
     for metric in METRICS:
         (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, list(study.arms)))
     smaller = ", made smaller" if study.common else ""
@@ -246,26 +246,36 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
         f"The paper: {study.paper}", "",
         *([f"{lacking} of {seeds * len(study.arms)} runs are not played yet.", ""] if lacking else []),
         " ".join(f"![{name_of(metric)}](study-{name}-{metric}.svg)" for metric in METRICS), "",
-        *_by_round(study, table, seeds), "", *_apart(study, rows, seeds),
+        *_by_round(study, table, seeds, bases), "", *_apart(study, rows, seeds, bases),
     ]  # fmt: skip
     page = out / f"study-{name}.md"
     page.write_text("\n".join(lines) + "\n")
     return page
 
 
-def _by_round(study: Study, table: list[dict[str, Any]], seeds: int) -> list[str]:
-    """A table of every arm after every round."""
+def _bases(study: Study, settings: Settings) -> dict[str, Path]:
+    """By arm what tells its base apart: the same path, the same images of the base, and the same D_0."""
+    return {arm: _home(Path(), 0, arm_of(study, arm, 0, settings)) for arm in study.arms}
+
+
+def _by_round(study: Study, table: list[dict[str, Any]], seeds: int, bases: dict[str, Path]) -> list[str]:
+    """A table of every base, and of every arm after every round."""
+    first = next(iter(study.arms))
     cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
     lines = ["| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
-    places = [(next(iter(study.arms)), 0), *((arm, n) for arm in study.arms for n in range(1, study.rounds + 1))]
+    firsts = {base: arm for arm, base in reversed(bases.items())}  # by base, the first arm that starts from it
+    places = [(arm, 0) for arm in study.arms if firsts[bases[arm]] == arm]
+    places += [(arm, n) for arm in study.arms for n in range(1, study.rounds + 1)]
     for arm, number in places:
         figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
-        lines.append(f"| {arm if number else 'the base'} | {number} | {' | '.join(figures)} |")
+        what = arm if number else "the base" if bases[arm] == bases[first] else f"the base of {arm!r}"
+        lines.append(f"| {what} | {number} | {' | '.join(figures)} |")
     return lines
 
 
-def _apart(study: Study, rows: list[dict[str, Any]], seeds: int) -> list[str]:
-    """A table of what sets the arms apart from the first, seed by seed, after the last round."""
+def _apart(study: Study, rows: list[dict[str, Any]], seeds: int, bases: dict[str, Path]) -> list[str]:
+    """A table of what sets the arms apart from the first, seed by seed, after the last round; distances to another D_0
+    are left out."""
     end = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows if row["round"] == study.rounds}
     first, *others = study.arms
     lines = [f'After round {study.rounds}, less what "{first}" has with the same seed:', ""]
@@ -276,6 +286,7 @@ def _apart(study: Study, rows: list[dict[str, Any]], seeds: int) -> list[str]:
              "value": end[arm, seed, metric] - end[first, seed, metric]}
             for metric in METRICS for seed in range(seeds)
             if (arm, seed, metric) in end and (first, seed, metric) in end
+            and (metric != "fd_d0" or bases[arm] == bases[first])
         ]  # fmt: skip
         cells = {row["metric"]: row for row in summarise(pairs)}
         lines.append(f"| {arm} | {' | '.join(_cell(cells.get(metric), seeds) for metric in METRICS)} |")

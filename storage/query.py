@@ -28,6 +28,8 @@ _SANDBOX = {
     "allow_persistent_secrets": False,
     "temp_directory": "",  # no spilling: a query that needs it fails with a clear error
 }
+# What DuckDB says of a file that it cannot read or make sense of; a bare duckdb.Error is one of them, too.
+_READING = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException)
 # The kinds of query in a syntax tree that only read. Others exist: DuckDB 2 parses
 # "WITH x AS (COPY … TO 'file') SELECT 1" as a SELECT, and it writes the file.
 _READS = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
@@ -44,14 +46,21 @@ def connect(
     One thread by default: with more, the sum of doubles differs from run to run.
     """
     home = check(root)
-    with _engine(memory, threads, str(home / "staging" / "spill")).cursor() as connection:
-        _with_views(connection, home, snapshot, sql)
+    config = memory, threads, str(home / "staging" / "spill")
+    try:
+        connection = _with_views(_engine(*config).cursor(), home, snapshot, sql)
+    except duckdb.Error:  # one query's internal error ends the engine for all
+        _engine.cache_clear()
+        try:
+            connection = _with_views(_engine(*config).cursor(), home, snapshot, sql)
+        except duckdb.Error as error:
+            raise unreadable(home, error) from error
+    with connection:
         try:
             yield connection
         except duckdb.Error as error:
-            # An internal error ends DuckDB for all, a lost spill folder for all that spill: the next one starts anew.
-            _engine.cache_clear()
-            if isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+            _engine.cache_clear()  # a spill folder that is lost is not made again
+            if type(error) is duckdb.Error or isinstance(error, _READING):
                 raise unreadable(home, error) from error
             raise
 
@@ -66,16 +75,15 @@ def _engine(memory: str, threads: int, spill: str) -> duckdb.DuckDBPyConnection:
 
 def _with_views(
     connection: duckdb.DuckDBPyConnection, home: Path, snapshot: Snapshot | int | None, sql: str | None = None
-) -> None:
+) -> duckdb.DuckDBPyConnection:
+    """The connection with the views; a view of a part that is missing says so once it is asked."""
     snapshot = _meant(home, snapshot)
     try:
         _create(connection, views(snapshot, home, sql=sql, kind="TEMP VIEW"))
     except duckdb.Error:
         absent = {part.path for part in snapshot.parts if not (home / part.path).exists()}
-        try:
-            _create(connection, views(snapshot, home, absent, sql, "TEMP VIEW"))
-        except duckdb.Error as error:
-            raise unreadable(home, error) from error
+        _create(connection, views(snapshot, home, absent, sql, "TEMP VIEW"))
+    return connection
 
 
 def _meant(home: Path, snapshot: Snapshot | int | None) -> Snapshot:
@@ -138,7 +146,10 @@ def user_query(
     statements = list(_read_only(sql))
     config = {"memory_limit": memory, "threads": 2, **_SANDBOX}
     with duckdb.connect(config=config) as connection:
-        _with_views(connection, home, snapshot)
+        try:
+            _with_views(connection, home, snapshot)
+        except duckdb.Error as error:
+            raise unreadable(home, error) from error
         # The escaped form, too: DuckDB compares it with the paths in the views.
         allowed = ", ".join(literal(text) for text in {str(home), no_glob(home)})
         connection.execute(f"SET allowed_directories = [{allowed}]")

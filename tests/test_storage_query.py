@@ -166,6 +166,12 @@ def test_a_part_is_read_anew_every_time(copy: Path) -> None:
 
 
 def test_an_engine_that_broke_is_started_again(root: Path) -> None:
+    kept = query._engine("2GB", 1, str(root.resolve() / "staging" / "spill"))
+    kept.close()
+    assert arrow(root, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
+
+
+def test_a_lost_spill_folder_costs_one_query(root: Path) -> None:
     def spilling() -> int:
         with connect(root, memory="60MB") as connection:
             rows = connection.sql("SELECT a FROM range(6000000) t(a) ORDER BY hash(a) LIMIT 3 OFFSET 5000000")
@@ -176,6 +182,21 @@ def test_an_engine_that_broke_is_started_again(root: Path) -> None:
     with pytest.raises(WinnowError, match="No such file"):
         spilling()
     assert spilling() == 3
+
+
+def test_a_damaged_part_is_named_as_one_or_read(copy: Path) -> None:
+    part = next(part for part in latest(copy).parts if part.table == "samples")
+    whole, said = (copy / part.path).read_bytes(), 0
+    for place in range(4, len(whole), len(whole) // 60):
+        (copy / part.path).write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            arrow(copy, "SELECT * FROM samples")
+        except WinnowError as error:
+            assert "winnow verify" in str(error)
+            said += 1
+    assert said > 10
+    (copy / part.path).write_bytes(whole)
+    assert arrow(copy, "SELECT count(*) AS n FROM samples")["n"].to_pylist() == [6]
 
 
 @pytest.mark.parametrize(
