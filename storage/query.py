@@ -54,14 +54,14 @@ def connect(
         try:
             connection = _with_views(_engine(*config).cursor(), home, snapshot, sql)
         except duckdb.Error as error:
-            raise unreadable(home, error) from error
+            raise _unreadable(home, error) from error
     with connection:
         try:
             yield connection
         except duckdb.Error as error:
             _engine.cache_clear()  # a spill folder that is lost is not made again
             if type(error) is duckdb.Error or isinstance(error, _READING):
-                raise unreadable(home, error) from error
+                raise _unreadable(home, error) from error
             raise
 
 
@@ -98,7 +98,7 @@ def _create(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> Non
         connection.execute(statement)
 
 
-def unreadable(home: Path, error: Exception) -> WinnowError:
+def _unreadable(home: Path, error: Exception) -> WinnowError:
     """What to say of a DuckDB error over a store's views: the part that is missing, or that one cannot be read."""
     if MISSING in str(error):
         return WinnowError(_one_line(error).partition("Error: ")[2])
@@ -149,7 +149,7 @@ def user_query(
         try:
             _with_views(connection, home, snapshot)
         except duckdb.Error as error:
-            raise unreadable(home, error) from error
+            raise _unreadable(home, error) from error
         # The escaped form, too: DuckDB compares it with the paths in the views.
         allowed = ", ".join(literal(text) for text in {str(home), no_glob(home)})
         connection.execute(f"SET allowed_directories = [{allowed}]")
@@ -168,7 +168,7 @@ def user_query(
         ) as error:  # while rows stream, Arrow reports DuckDB's errors as OSError
             reason = _one_line(error)
             if MISSING in reason:
-                raise unreadable(home, error) from error
+                raise _unreadable(home, error) from error
             if "INTERRUPT" in reason:
                 reason = f"not done after {seconds:g} s; narrow it with WHERE, or raise the limit"
             elif reason.startswith("Out of Memory"):

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
-
 from schemas.errors import WinnowError
 from storage.commit import Part, find
 from storage.layout import check
-from storage.query import connect
+from storage.query import arrow
 from storage.snapshot import load, numbers
 from storage.views import of_another_layout
 
@@ -81,12 +79,11 @@ def _wrong(root: Path, sealed: Part) -> str:
 def _shards(root: Path) -> list[str]:
     """Training shards that are not as their sealed manifest lists them."""
     try:
-        with connect(root) as connection:
-            listed = connection.execute("SELECT path, sha256 FROM shards ORDER BY path").fetchall()
-    except (WinnowError, duckdb.Error):  # a part that cannot be read was named already
+        listed = arrow(root, "SELECT path, sha256 FROM shards ORDER BY path").to_pylist()
+    except WinnowError:  # a part that cannot be read was named already
         return []
     problems = []
-    for path, sha256 in listed:
+    for path, sha256 in (row.values() for row in listed):
         cure = "remove its folder and run 'winnow export' again"
         if not (root / path).exists():
             problems.append(f"{path}: missing; {cure}")

@@ -221,6 +221,10 @@ def test_verify_hashes_the_shards(tmp_path: Path) -> None:
     assert verify(root).ok
     (root / "shards/a/2.parquet").write_bytes(b"tvo")
     (root / "shards/a/3.parquet").unlink()
-    two, three = verify(root).problems
+    other = "tables/samples/x.parquet"
+    seal(root, "feed", [commit(root, "samples", other, TABLES["samples"].schema.empty_table())], {})
+    (root / other).write_bytes(b"no Parquet")  # hides no shard
+    part, two, three = verify(root).problems
+    assert part.startswith(f"{other}: ")
     assert two.startswith("shards/a/2.parquet: sha256 is") and "winnow export" in two
     assert three.startswith("shards/a/3.parquet: missing;") and "winnow export" in three
