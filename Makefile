@@ -11,7 +11,7 @@ IN := --recipe $(RECIPE) --store $(STORE) $(ARGS)
 
 .DEFAULT_GOAL := help
 STAGES := prompts generate embed score refine distance select tournament weigh export train evaluate guard round
-STUDIES := $(addprefix study-, ablation size weights accumulation reference mix real)
+STUDIES := $(addprefix study-, ablation size weights accumulation reference mix real few whole)
 .PHONY: help setup demo test $(STAGES) loop doctor plan report sql explain similar search diff replay label publish \
   verify base study $(STUDIES) bench benchmark-ipr benchmark-refine benchmark-late lint lock clean
 
@@ -107,6 +107,10 @@ study-mix: $(READY) ## what another choice does in the place of one of the defau
 	$(WINNOW) study mix $(ARGS)
 study-real: $(READY) ## real scenes as D_0 and beside the selection (three seeds, eight rounds, smaller)
 	$(WINNOW) study real $(ARGS)
+study-few: $(READY) ## the same, where there is one real scene for each caption
+	$(WINNOW) study few $(ARGS)
+study-whole: $(READY) ## real scenes beside the selection and alone, in eight rounds of the whole size
+	$(WINNOW) study whole $(ARGS)
 
 bench: $(READY) ## measure ratios to other ways of doing the same, into results/ (ARGS=generation)
 	$(VENV)/bin/python -m bench $(ARGS)

@@ -45,11 +45,13 @@ class Generate(Settings):
     ``batch``: images sampled together, or in halves where the memory is too small. ``dtype`` null: bfloat16 on a
     GPU that has it, else float32. ``compile``: minutes of waiting, then faster steps. ``retries``: fresh seeds for
     an image that shows nothing. ``source``: images to take in instead, a folder, Parquet files or hub:org/name, with
-    their captions in ``column``. ``negative``: guidance away from another model. ``reject``: which of a round's
-    candidates are finished; all images of a prompt are then begun together, also where they are more than ``batch``."""
+    their captions in ``column``; of each prompt the same ``source_limit`` in every round (null: all of them).
+    ``negative``: guidance away from another model. ``reject``: which of a round's candidates are finished; all images
+    of a prompt are then begun together, also where they are more than ``batch``."""
 
     source: str | None = None
     column: str = "text"
+    source_limit: int | None = Field(None, ge=1)
     prompts: int | None = Field(None, ge=1)
     images_per_prompt: int = Field(4, ge=1)
     steps: int = Field(50, ge=1)
@@ -64,6 +66,15 @@ class Generate(Settings):
     compile: bool = False
     retries: int = Field(2, ge=0)
     reject: Reject | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Generate:
+        if self.source_limit and not self.source:
+            raise WinnowError(
+                "generate.source_limit is of generate.source, and there is none; set the source, or "
+                "generate.images_per_prompt instead"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rejects(self) -> Generate:
@@ -152,12 +163,13 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     prompts' images of ``model``; the first two are taken in where the recipe has a source of them. Returns whether all
     of them are there, not left to other shards."""
     own: Generate | Reference = run.recipe.generate
+    most = run.recipe.generate.source_limit
     if split == "reference":
-        run, own = run.base(), run.recipe.reference
+        run, own, most = run.base(), run.recipe.reference, run.recipe.reference.images_per_prompt
     if own.source and split != "eval":
         from jobs.own import take_in
 
-        return take_in(run, split, own)
+        return take_in(run, split, own, most)
     asked: Generate | Reference | Evaluate = run.recipe.evaluate if split == "eval" else own
     prompts, per_prompt = asked.prompts, asked.images_per_prompt
     settings = sampling(run)
@@ -166,7 +178,8 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     revision = models.revision(model)
     rows = plan(run, split, prompts, per_prompt, revision)
     # How many images of how many prompts stands in the rows: arms that differ in it share the base's samples.
-    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "shift", "negative", "reject"}
+    apart = {"prompts", "images_per_prompt", "retries", "compile", "source", "column", "source_limit", "shift",
+             "negative", "reject"}  # fmt: skip
     dtype = settings.dtype or str(devices.dtype())
     making = settings.model_dump(mode="json", exclude=apart) | {"dtype": dtype} | moved(settings)
     spec = ["generate", revision, making, run.round, run.arm, split]

@@ -87,8 +87,8 @@ def _file(images: Any, place: int, named: str) -> bytes:
         raise WinnowError(f"{named}: row {place} has no image ({error}); remove it") from error
 
 
-def take_in(run: Run, split: Split, settings: Generate | Reference) -> bool:
-    """The images of this split's prompts become its samples; of D_0, no more than its images per prompt. Returns
+def take_in(run: Run, split: Split, settings: Generate | Reference, most: int | None) -> bool:
+    """The images of this split's prompts become its samples, no more than ``most`` of each (None: all of them). Returns
     whether all of them are there."""
     source, key = settings.source, "reference" if split == "reference" else "generate"
     assert source is not None
@@ -101,10 +101,9 @@ def take_in(run: Run, split: Split, settings: Generate | Reference) -> bool:
         text = normalise(text or "")  # as the prompts stage has it
         if text in numbers:
             content = hashlib.sha256(_file(images, place, named)).hexdigest()
-            number = sample_id(["own", content, numbers[text], run.round, run.arm])
-            rows.setdefault(
-                number, {"sample_id": number, "prompt_id": numbers[text], "prompt": text, "seed": 0, "place": place}
-            )
+            number, in_d0 = (sample_id(["own", content, numbers[text], of.round, of.arm]) for of in (run, run.base()))
+            row = {"sample_id": number, "prompt_id": numbers[text], "prompt": text, "seed": 0, "place": place}
+            rows.setdefault(number, row | {"order": in_d0})
     if not rows:
         raise WinnowError(
             f"{named}: no image has one of the {len(numbers)} prompts of this round as its "
@@ -112,9 +111,10 @@ def take_in(run: Run, split: Split, settings: Generate | Reference) -> bool:
         )
     say(f"take in: {len(rows)} of {len(images)} images have a prompt of round {run.round} as their caption")
     table = pa.Table.from_pylist(list(rows.values()))
-    if split == "reference":  # of each prompt those of the lowest ids, which are hashes and prefer none
-        place = ranks(codes(table["prompt_id"].to_numpy()), ids(table))
-        table = table.filter(pa.array(place <= settings.images_per_prompt))
+    if most is not None:  # those of the lowest hashes, which prefer none; in every round those that D_0 has
+        place = ranks(codes(table["prompt_id"].to_numpy()), table["order"].to_numpy())
+        table = table.filter(pa.array(place <= most))
+    table = table.drop_columns("order")
     folders = {"round": run.round, "arm": run.arm, "split": split}
     work = units("samples", folders, table, run.recipe.generate.batch, ["own", source, run.round, run.arm])
     return complete(run, f"take in {split}", "samples", work, lambda: _work(run, split, source, named, images))

@@ -31,6 +31,12 @@ REAL_ALONE: Changes = {
 }  # fmt: skip
 
 
+FEW: Changes = {"reference": {"source": "embedded", "images_per_prompt": 1}}
+FEW_BESIDE: Changes = {**FEW, "export": {"reference_share": 0.2}}  # all of them, where 5 are selected of each prompt
+FEW_AFRESH: Changes = {**FEW, "export": {"reference_share": 0.2, "accumulate": False}}
+FEW_ALONE: Changes = {**REAL_ALONE, "generate": {"source": "embedded", "source_limit": 1}}
+
+
 @dataclass(frozen=True)
 class Study:
     """``arms``: by name what each changes in the recipe, once ``common`` has; the first is what the others are compared
@@ -98,6 +104,20 @@ STUDIES = {
             "as many, no preference": {**AS_MANY, **NO_PREFERENCE, **NO_WEIGHTS}, "real scenes alone": REAL_ALONE,
         },
         rounds=8,
+    ),
+    "few": Study(
+        "What do real scenes add to eight rounds, where there is one for each caption?",
+        "Not asked: its rounds see no real image.",
+        {"the default": {}, "all of them": FEW_BESIDE, "all of them, replace": FEW_AFRESH,
+         "real scenes alone": FEW_ALONE},
+        rounds=8,
+    ),
+    "whole": Study(
+        "How near to real handwriting do eight rounds of the whole size come, with real scenes?",
+        "Not asked: its rounds see no real image.",
+        {"as many, replace": AFRESH, "real scenes alone": REAL_ALONE},
+        rounds=8,
+        common={},
     ),
 }  # fmt: skip
 

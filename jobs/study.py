@@ -34,7 +34,7 @@ from storage.query import arrow
 METRICS = ("judge_accuracy", "fd_real", "kid_real", "fd_d0", "diversity")
 APART = {"name", "arms", "threads", "rounds", "guard", "tournament", "publish"}  # change no figure of a round
 BASE = {"model", "prompts", "generate", "reference", "embed", "score", "evaluate"}  # what the base's images hang on
-COUNTS = {"prompts", "images_per_prompt"}  # but these, which choose among them
+COUNTS = {"prompts", "images_per_prompt", "source_limit"}  # but these, which choose among them
 
 Settings = Sequence[tuple[list[str], Any]]
 

@@ -182,6 +182,28 @@ def test_real_images_serve_as_d0_and_are_mixed_into_the_training(
     assert verify(store).ok
 
 
+def test_a_limit_of_a_source_takes_the_same_images_every_round(tmp_path: Path) -> None:
+    """And those that D_0 has, under the same limit."""
+    from jobs.generate import generate
+    from jobs.prompts import prompts
+    from jobs.run import Run
+    from storage.layout import create
+
+    changes = {"generate.source": "embedded", "generate.source_limit": 2, "reference.source": "embedded",
+               "reference.images_per_prompt": 2}  # fmt: skip
+    recipe = recipes.override(recipes.load("embedded"), sets(changes)).for_arm("curated")
+    run = Run(create(tmp_path / "store"), recipe)
+    prompts(run)
+    generate(run, "reference")
+    for number in (1, 2):
+        generate(run.at(number))
+    found = rows(run.store, "SELECT round, prompt, sha256(image.bytes) AS file FROM samples ORDER BY ALL")
+    of = {number: [(row["prompt"], row["file"]) for row in found if row["round"] == number] for number in (0, 1, 2)}
+    assert of[0] == of[1] == of[2] and len(of[0]) == 2 * len({prompt for prompt, _ in of[0]}) == 2 * 144
+    with pytest.raises(WinnowError, match="source_limit is of generate.source, and there is none"):
+        recipes.override(recipe, sets({"generate.source": None}))
+
+
 def test_a_round_without_training_trains_nothing(
     tmp_path: Path, stable_diffusion: Path, clip_folder: Path, scorers: str, winnow: Any
 ) -> None:
