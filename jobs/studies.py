@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.recipe import merge
 from schemas.errors import WinnowError
 
 Changes = dict[str, Any]
@@ -25,16 +26,15 @@ REPLACE: Changes = {"export": {"accumulate": False}}
 REAL: Changes = {"reference": {"source": "embedded", "images_per_prompt": 16}}
 QUARTER: Changes = {**REAL, "export": {"reference_share": 0.25}}
 AS_MANY: Changes = {**REAL, "export": {"reference_share": 1.0}}
-AFRESH: Changes = {**REAL, "export": {"reference_share": 1.0, "accumulate": False}}
+AFRESH: Changes = merge(AS_MANY, REPLACE)
 REAL_ALONE: Changes = {
     **NO_WEIGHTS, **REPLACE, "generate": {"source": "embedded"}, "select": {"policy": "random", "keep": 16},
 }  # fmt: skip
-
-
-FEW: Changes = {"reference": {"source": "embedded", "images_per_prompt": 1}}
-FEW_BESIDE: Changes = {**FEW, "export": {"reference_share": 0.2}}  # all of them, where 5 are selected of each prompt
-FEW_AFRESH: Changes = {**FEW, "export": {"reference_share": 0.2, "accumulate": False}}
-FEW_ALONE: Changes = {**REAL_ALONE, "generate": {"source": "embedded", "source_limit": 1}}
+FEW_BESIDE: Changes = {  # all of them, where 5 are selected of each prompt
+    "reference": {"source": "embedded", "images_per_prompt": 1}, "export": {"reference_share": 0.2},
+}  # fmt: skip
+FEW_AFRESH: Changes = merge(FEW_BESIDE, REPLACE)
+FEW_ALONE: Changes = merge(REAL_ALONE, {"generate": {"source_limit": 1}})
 
 
 @dataclass(frozen=True)

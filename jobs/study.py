@@ -263,7 +263,7 @@ def _by_round(study: Study, table: list[dict[str, Any]], seeds: int, bases: dict
     first = next(iter(study.arms))
     cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
     lines = ["| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
-    firsts = {base: arm for arm, base in reversed(bases.items())}  # by base, the first arm that starts from it
+    firsts = {bases[arm]: arm for arm in reversed(study.arms)}  # by base, the first arm that starts from it
     places = [(arm, 0) for arm in study.arms if firsts[bases[arm]] == arm]
     places += [(arm, n) for arm in study.arms for n in range(1, study.rounds + 1)]
     for arm, number in places:
