@@ -117,6 +117,8 @@ def _work(
             how = "" if scale is None else "; beta {:.4g}, sigma2 {:.4g}".format(*scale)
             most = settings.most if settings.by == "advantage" else 1.0
             clipped = f"{np.count_nonzero(weights >= most)} at the largest, {most:g}"
+            if scale is not None:
+                clipped += f", {np.count_nonzero(weights <= law.FLOOR)} at the least, {law.FLOOR:.1g}"
             say(
                 f"weigh {run.arm} round {run.round} by {settings.by}{how}; mean weight {weights.mean():.3f}, effective "
                 f"samples {size:.0f} of {n}; {clipped}; train.normalise {run.recipe.train.normalise!r}"

@@ -41,7 +41,7 @@ def connect(
     sql: str | None = None,
 ) -> Iterator[duckdb.DuckDBPyConnection]:  # fmt: skip
     """A connection of its own with the views of `snapshot` (a number; None: the newest), or those of them that `sql`
-    can mean. For trusted SQL: where it cannot read a part, the block raises WinnowError.
+    can mean. For trusted SQL: where it cannot read a part, or has no room to sort in, the block raises WinnowError.
 
     One thread by default: with more, the sum of doubles differs from run to run.
     """
@@ -62,6 +62,11 @@ def connect(
             _engine.cache_clear()  # a spill folder that is lost is not made again
             if type(error) is duckdb.Error or isinstance(error, _READING):
                 raise _unreadable(home, error) from error
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise WinnowError(
+                    f"{home}: a query needs more than its {memory} of memory and the room that staging/spill has "
+                    f"({str(error).splitlines()[0]}); free some of the disk"
+                ) from error
             raise
 
 
@@ -121,7 +126,8 @@ def stream(
         try:
             yield from connection.sql(sql, params=params).to_arrow_reader(2048)
         except OSError as error:  # what Arrow makes of DuckDB's errors
-            raise duckdb.IOException(str(error)) from error
+            kind = duckdb.OutOfMemoryException if "Out of Memory Error" in str(error) else duckdb.IOException
+            raise kind(str(error)) from error
 
 
 def script(root: str | Path, snapshot: Snapshot | int | None = None) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -16,7 +18,7 @@ from schemas.tables import TABLES, embedding_schema
 from storage import query
 from storage.commit import Part, commit
 from storage.layout import create, part_path
-from storage.query import arrow, connect, user_query
+from storage.query import arrow, connect, stream, user_query
 from storage.snapshot import Snapshot, latest, seal
 from storage.views import views
 
@@ -182,6 +184,16 @@ def test_a_lost_spill_folder_costs_one_query(root: Path) -> None:
     with pytest.raises(WinnowError, match="No such file"):
         spilling()
     assert spilling() == 3
+
+
+@pytest.mark.parametrize("read", [arrow, lambda *given: list(stream(*given))])
+def test_a_disk_too_full_to_sort_on_is_named(root: Path, read: Callable[..., Any]) -> None:
+    """DuckDB takes the room that is left as its limit."""
+    with connect(root) as connection:
+        connection.execute("SET memory_limit = '60MB'; SET max_temp_directory_size = '1MB'")
+    with pytest.raises(WinnowError, match="more than its 2GB of memory and the room that staging/spill has.*free some"):
+        read(root, "SELECT a, hash(a) AS h FROM range(6000000) t(a) ORDER BY h")
+    assert len(read(root, "SELECT sample_id FROM samples"))
 
 
 def test_a_damaged_part_is_named_as_one_or_read(copy: Path) -> None:
