@@ -12,6 +12,8 @@ from curate.arrays import Bools, Ints, matrix, unique_keys, vector
 from curate.duplicates import by_vector
 from schemas.errors import WinnowError
 
+RANKS = 2**31 - 1  # the largest, as they are stored
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -21,6 +23,24 @@ class Decision:
     kept: Bools
     rank: Ints
     reason: NDArray[np.object_]
+
+
+def whole(decision: Decision, rows: int) -> Decision:
+    """A decision that somebody else made, in the types of the class and without reasons for what is kept; WinnowError
+    where it is not one over ``rows`` rows, or drops a row without a reason."""
+    kept, rank, reason = map(np.asarray, (decision.kept, decision.rank, decision.reason))
+    for name, column, kinds in (("kept", kept, "b"), ("rank", rank, "iuf"), ("reason", reason, "OU")):
+        if column.shape != (rows,) or column.dtype.kind not in kinds:
+            raise WinnowError(
+                f"{name} is {column.dtype} {list(column.shape)}: give booleans to keep, numbers as ranks and strings "
+                f"as reasons, one for each of {rows} rows"
+            )
+    far = ~((rank >= 0) & (rank <= RANKS) & (rank == np.floor(rank)))
+    if far.any():
+        raise WinnowError(f"rank {rank[far][0]}: give 1, for the first, to {RANKS}, or 0 for none")
+    if not all(isinstance(one, str) and one for one in reason[~kept]):
+        raise WinnowError("a row is dropped without a reason: give a string for each that is dropped")
+    return Decision(kept, rank.astype(np.int64), np.where(kept, "", reason).astype(object))
 
 
 def unsaid(rows: int) -> NDArray[np.object_]:
@@ -57,6 +77,8 @@ def floors(scores: Mapping[str, ArrayLike], least: Mapping[str, float]) -> Decis
     for name, floor in least.items():
         if name not in values:
             raise WinnowError(f"floor for {name!r}, which has no scores: choose among {', '.join(values)}")
+        if np.isnan(floor):
+            raise WinnowError(f"floor for {name!r} is NaN: give the least value to keep")
         for i in np.flatnonzero(vector(f"scores of {name}", values[name], rows=rows) < floor):
             said = f"below floor {name} {values[name][i]:.6g} < {floor:g}"
             reason[i] = f"{reason[i]}; {said}" if reason[i] else said
@@ -71,6 +93,8 @@ def dedup(features: ArrayLike, threshold: float, scores: ArrayLike, ids: ArrayLi
     ids = unique_keys("ids", ids)
     values = vector("scores", scores, rows=len(ids))
     x = matrix("features", features, rows=len(ids))
+    if (nothing := ~x.any(axis=1)).any():
+        raise WinnowError(f"features of {ids[nothing][0]} are all zeros, so they have no direction: drop that sample")
     twin, likeness = by_vector(x, threshold, np.lexsort((ids, -values)))
     reason = unsaid(len(ids))
     for i in np.flatnonzero(twin >= 0):

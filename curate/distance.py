@@ -234,7 +234,7 @@ def _named(group: object) -> Iterator[None]:
 
 
 def _neighbours(k: int, rows: int) -> int:
-    if k != int(k) or not 1 <= k <= rows:
+    if not (float(k).is_integer() and 1 <= k <= rows):
         raise WinnowError(f"k is {k} where {rows} reference rows can be neighbours: give k in 1..{rows}")
     return int(k)
 

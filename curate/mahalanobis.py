@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from curate import rows
-from curate.arrays import Float64s, Floats, matrix, tiles
+from curate.arrays import TOO_LARGE, Float64s, Floats, matrix, tiles
 from schemas.errors import WinnowError
 
 LARGEST = 5000  # sides of a covariance whose eigenvectors take 1 GiB to find, five times its own bytes
@@ -94,7 +94,7 @@ def _principal_axes(ref: Floats, mean: Float64s) -> tuple[Float64s, Callable[[Fl
             y = rows.exact(ref[tile]) - mean
             cov += y.T @ y
         cov /= count - 1
-        values, axes = np.linalg.eigh(cov)
+        values, axes = _eigen(cov)
         return np.maximum(values, 0), lambda y: y @ axes
 
     # Fewer rows than dimensions: Y Y^T [M, M] has the eigenvalues of Y^T Y, whose axes Y^T u / ||Y^T u|| are never
@@ -108,7 +108,14 @@ def _principal_axes(ref: Floats, mean: Float64s) -> tuple[Float64s, Callable[[Fl
     gram = np.empty((count, count))
     for tile in tiles(count, 16 * dim):
         gram[tile] = products(rows.exact(ref[tile]) - mean)
-    squares, turns = np.linalg.eigh(gram)
+    squares, turns = _eigen(gram)
     real = squares > squares.max() * dim * np.finfo(float).eps
     turns = turns[:, real] / np.sqrt(squares[real])
     return squares[real] / (count - 1), lambda y: products(y) @ turns
+
+
+def _eigen(symmetric: Float64s) -> tuple[Float64s, Float64s]:
+    if not np.isfinite(symmetric).all():
+        raise WinnowError(TOO_LARGE)
+    values, vectors = np.linalg.eigh(symmetric)
+    return values, vectors

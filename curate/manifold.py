@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from curate import rows
-from curate.arrays import Bools, Float64s, Floats, matrix, pair_tiles
+from curate.arrays import Bools, Float64s, Floats, matrix, pair_tiles, tiles
 from curate.neighbours import prepare, search
 from schemas.errors import WinnowError
+
+ROUNDING = 1e-12  # of products, as a share of the rows' squares: a row at the edge of a ball is in it
 
 
 class Manifold(NamedTuple):
@@ -44,7 +46,8 @@ def manifold(samples: ArrayLike, reference: ArrayLike, k: int = 5) -> Manifold:
         mine = rows.exact(x[own]) - centre
         for other in pair_tiles(*ref.shape):
             theirs = rows.exact(ref[other]) - centre
-            squared = np.vecdot(mine, mine)[:, None] + np.vecdot(theirs, theirs) - 2 * mine @ theirs.T
+            lengths = np.vecdot(mine, mine)[:, None] + np.vecdot(theirs, theirs)
+            squared = (1 - ROUNDING) * lengths - 2 * mine @ theirs.T
             inside = squared <= around_ref[other]
             balls[own] += inside.sum(axis=1)
             covered[other] |= inside.any(axis=0)
@@ -53,6 +56,10 @@ def manifold(samples: ArrayLike, reference: ArrayLike, k: int = 5) -> Manifold:
 
 
 def _radii(x: Floats, k: int) -> Float64s:
-    """Squared distance of each row to its k-th nearest other, up a little for rounding: [N]."""
-    squared = search(x, prepare(x), k + 1).squared[:, -1]  # the row itself, or an exact double, comes first
-    return squared * (1 + 1e-9)
+    """Squared distance of each row to its k-th nearest other: [N]."""
+    farthest = search(x, prepare(x), k + 1).indices[:, -1]  # the row itself, or an exact double, comes first
+    squared = np.empty(len(x))
+    for tile in tiles(len(x), 24 * x.shape[1]):
+        apart = rows.exact(x[tile]) - rows.exact(x[farthest[tile]])
+        squared[tile] = np.vecdot(apart, apart)
+    return squared

@@ -67,7 +67,11 @@ def distance(run: Run, split: str = "train") -> None:
 
 def _work(run: Run, split: str, settings: Distance) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
+        try:
+            values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
+        except WinnowError as error:
+            named = f"{settings.reference}, {settings.name} in {settings.space!r}"
+            raise WinnowError(f"distance of round {run.round} of {run.arm!r} to {named}: {error}") from error
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],

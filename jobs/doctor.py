@@ -44,6 +44,15 @@ def doctor(recipe: Recipe, store: Path, prompts: int | None = None) -> Iterator[
     yield _token()
     yield from _names(recipe)
     yield from _files(recipe)
+    yield _round(recipe)
+
+
+def _round(recipe: Recipe) -> Finding:
+    try:
+        recipe.check_round()
+    except WinnowError as error:
+        return Finding("round", False, str(error))
+    return Finding("round", True, "its stages go together")
 
 
 def _packages() -> Iterator[Finding]:

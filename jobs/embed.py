@@ -19,6 +19,8 @@ from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import embedding_schema
 
+LARGEST = int(np.finfo(np.float16).max)
+
 
 class Embed(Settings):
     """``encoders``: the spaces that distances and diverse selection use; ``batch``: images at once."""
@@ -42,10 +44,12 @@ def embed(run: Run, split: str = "train", encoders: tuple[str, ...] | None = Non
 
 def _work(run: Run, name: str, loaded: Encoder) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        vectors = np.asarray(loaded.encode(images_of(samples.with_images(run, rows)), rows["prompt"].to_pylist()))
-        if vectors.ndim != 2 or len(vectors) != rows.num_rows:
-            raise WinnowError(f"encoder {name}: gave {vectors.shape} for {rows.num_rows} images; give [N, D]")
+        vectors = loaded.encode(images_of(samples.with_images(run, rows)), rows["prompt"].to_pylist())
         n, dim = vectors.shape
+        beyond = np.isfinite(vectors) & (np.abs(vectors) > LARGEST)
+        if beyond.any():
+            given = vectors[beyond][0]
+            raise WinnowError(f"encoder {name}: gave {given:.6g}; the store keeps float16, up to {LARGEST}: scale it")
         flat = pa.array(vectors.astype(np.float16).reshape(-1))
         columns = {
             "sample_id": rows["sample_id"].combine_chunks(),
@@ -83,17 +87,20 @@ def vectors_of(run: Run, encoder: str, split: str) -> tuple[np.ndarray, np.ndarr
     order = np.argsort(numbers)
     vectors = np.empty((0, 0), np.float32)
     for batch in run.stream_here(f"SELECT sample_id, vector {_JOINED}", **_where(run, encoder, split)):
-        sizes = set(pc.unique(pc.list_value_length(batch["vector"])).to_pylist())
         if not len(vectors):
-            vectors = np.empty((len(numbers), max(sizes)), np.float32)
-        if sizes != {vectors.shape[1]}:
-            raise WinnowError(
-                f"embeddings: {split} vectors of {encoder!r} in round {run.round} have {vectors.shape[1]} and "
-                f"{min(sizes - {vectors.shape[1]})} numbers; embed the round in a new store by one revision of it"
-            )
-        flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
-        vectors[order[np.searchsorted(numbers, ids(batch), sorter=order)]] = flat
+            vectors = np.empty((len(numbers), len(batch["vector"][0])), np.float32)
+        some = matrix(batch["vector"], vectors.shape[1], f"{split} vectors of {encoder!r} in round {run.round}")
+        vectors[order[np.searchsorted(numbers, ids(batch), sorter=order)]] = some
     return numbers, vectors
+
+
+def matrix(vectors: pa.Array, columns: int, named: str) -> np.ndarray:
+    """Stored vectors as float32 [N, columns]; WinnowError where one is longer or shorter."""
+    if others := set(pc.unique(pc.list_value_length(vectors)).to_pylist()) - {columns}:
+        raise WinnowError(
+            f"embeddings: {named} have {columns} and {min(others)} numbers; embed in a new store by one revision of it"
+        )
+    return vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, columns)
 
 
 _JOINED = (

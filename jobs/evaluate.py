@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from curate.alarm import agreement
+from curate.arrays import matrix
 from curate.drift import Interval, mean_over, wins
 from jobs import samples
 from jobs.digest import digest
@@ -77,16 +78,19 @@ def real_path(name: str) -> Path:
     return path
 
 
-def real_vectors(name: str, prompts: list[str]) -> np.ndarray:
-    """Features [M, D] of real images: those of ``prompts`` where the file names prompts, so that what the prompts ask
-    for is not mistaken for a distance."""
+def real_vectors(name: str, prompts: list[str], columns: int | None = None) -> np.ndarray:
+    """Features [M, D] of real images, M at least 2 and D ``columns`` (null: any): those of ``prompts`` where the file
+    names prompts, so that what the prompts ask for is not mistaken for a distance."""
     path = real_path(name)
     try:
         table = pq.read_table(path)
         if "prompt" in table.column_names:
             table = table.filter(pc.field("prompt").isin(sorted(set(prompts))))
-        return np.stack(table["vector"].to_numpy())
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        found = matrix("features", np.stack(table["vector"].to_numpy()), columns=columns)
+        if len(found) < 2:
+            raise ValueError("one row, where a spread needs two")
+        return found
+    except (OSError, pa.ArrowException, LookupError, ValueError, WinnowError) as error:
         raise WinnowError(
             f"evaluate.real {name!r}: no features of real images for these prompts ({str(error)[:200]}); give "
             "'embedded' or a Parquet file of 'vector' and, if you like, 'prompt'"
@@ -178,7 +182,7 @@ def _spread(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
         _, mine = vectors_of(where, space, "eval")
         targets = {"d0": vectors_of(run.base(), space, "reference")[1]}
         if settings.real and space == settings.space:
-            targets["real"] = real_vectors(settings.real, rows["prompt"].to_pylist())
+            targets["real"] = real_vectors(settings.real, rows["prompt"].to_pylist(), mine.shape[1])
         named = "" if space == settings.space else f"@{space}"
         measured = drift(mine, prompts, targets, settings.resamples, seed)
         found |= {metric + named: interval for metric, interval in measured.items()}

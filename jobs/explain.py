@@ -10,6 +10,7 @@ from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
 from jobs.sealed import recipe_of, sample_row
+from schemas.errors import WinnowError
 from storage.layout import check
 from storage.query import arrow
 
@@ -66,8 +67,11 @@ def _nearest(run: Run, sample: int) -> list[dict[str, Any]]:
     one = run.query("SELECT vector FROM embeddings WHERE sample_id = $id AND encoder = $e", id=sample, e=space)
     if not one.num_rows:
         return []
-    numbers, reference = vectors_of(run.base(), space, "reference")
-    index, far = nearest(one["vector"].to_pylist(), reference, k=min(NEIGHBOURS + 1, len(reference)))
+    try:
+        numbers, reference = vectors_of(run.base(), space, "reference")
+        index, far = nearest(one["vector"].to_pylist(), reference, k=min(NEIGHBOURS + 1, len(reference)))
+    except WinnowError:  # no D_0, or of another revision of the encoder: 'winnow distance' says so, the rest is told
+        return []
     near = [(int(numbers[i]), float(d)) for i, d in zip(index[0], far[0], strict=True) if numbers[i] != sample]
     prompts = run.query("SELECT sample_id, prompt FROM samples WHERE sample_id IN (SELECT unnest($ids))",
                         ids=[number for number, _ in near]).to_pylist()  # fmt: skip

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from schemas.errors import WinnowError
+
+T = TypeVar("T")
 
 
 def known(kind: str, name: str, known: Mapping[str, Any]) -> str:
@@ -26,9 +28,26 @@ def yours(kind: str, name: str) -> Any:
     """What a user's ``package.module:object`` names."""
     head, _, tail = name.partition(":")
     try:
-        return getattr(importlib.import_module(head), tail)
+        return getattr(guarded(kind, name, importlib.import_module)(head), tail)
     except (ImportError, AttributeError) as error:
         raise WinnowError(f"{kind} {name!r}: {error}; it must be importable, as 'package.module:object'") from error
+
+
+def guarded(kind: str, name: str, call: Callable[..., T]) -> Callable[..., T]:
+    """A user's own function, whose errors come as one line that names it. Those of importing and of memory pass."""
+
+    def called(*given: Any) -> T:
+        try:
+            return call(*given)
+        except (WinnowError, ImportError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which has a cure of its own
+                raise
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise WinnowError(f"{kind} {name!r}: fails with {what}; mend it, --debug shows where") from error
+
+    return called
 
 
 def pick(kind: str, name: str, table: Mapping[str, Callable[[str], Any]], wanted: type) -> Any:
@@ -37,7 +56,7 @@ def pick(kind: str, name: str, table: Mapping[str, Callable[[str], Any]], wanted
     head, _, tail = name.partition(":")
     if head in table:
         return table[head](tail)
-    made = yours(kind, name)()
+    made = guarded(kind, name, yours(kind, name))()
     if not isinstance(made, wanted):
         raise WinnowError(f"{kind} {name!r}: gave a {type(made).__name__}; it must return a {wanted.__name__}")
     return made

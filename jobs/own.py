@@ -20,7 +20,7 @@ from curate.wording import normalise
 from jobs.images import decode
 from jobs.progress import say
 from jobs.prompts import chosen
-from jobs.run import Run, ids
+from jobs.run import Run
 from jobs.stage import Work, complete, units
 from jobs.world import WEIGHTS
 from schemas.errors import WinnowError

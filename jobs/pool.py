@@ -15,7 +15,7 @@ def scorers(run: Run) -> list[str]:
     """The scorers that the round's candidates have scores of."""
     return run.query(
         "SELECT DISTINCT scorer FROM scores JOIN samples USING (sample_id) WHERE samples.round = $round AND arm = $arm "
-        "ORDER BY scorer", round=run.round, arm=run.arm,
+        "AND split = 'train' ORDER BY scorer", round=run.round, arm=run.arm,
     )["scorer"].to_pylist()  # fmt: skip
 
 
@@ -25,7 +25,8 @@ def pool(run: Run, found: list[str], where: str = "true") -> str:
     prompt, "rank:NAME"; NULL where there is none."""
     values = [f"max(value) FILTER (WHERE scorer = {literal(name)}) AS {identifier(name)}" for name in found]
     places = [
-        f"rank() OVER (PARTITION BY prompt_id ORDER BY {identifier(name)} DESC) AS {identifier('rank:' + name)}"
+        f"CASE WHEN {identifier(name)} IS NOT NULL THEN rank() OVER (PARTITION BY prompt_id ORDER BY "
+        f"{identifier(name)} DESC NULLS LAST) END AS {identifier('rank:' + name)}"
         for name in found
     ]
     columns = ["samples.* EXCLUDE (image)", "category", "cluster", "distance", *map(identifier, found), *places]

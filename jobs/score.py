@@ -43,8 +43,6 @@ def _work(run: Run, name: str, loaded: Scorer) -> Work:
     def work(rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
         values, truncated = loaded.score(images_of(samples.with_images(run, rows)), prompts)
-        if np.shape(values) != (rows.num_rows,):
-            raise WinnowError(f"scorer {name}: gave {np.shape(values)} for {rows.num_rows} images; give [N]")
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],
@@ -52,7 +50,7 @@ def _work(run: Run, name: str, loaded: Scorer) -> Work:
             "scorer": pa.array([name] * n),
             "revision": pa.array([loaded.revision] * n),
             "value": pa.array(np.asarray(values, np.float64)),
-            "truncated": pa.array(np.asarray(truncated, bool)),
+            "truncated": pa.array(truncated),
         }
         return pa.table(columns, schema=TABLES["scores"].schema)
 

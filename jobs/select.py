@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,12 +12,12 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, model_validator
 
 from curate import select as choose
-from curate.decision import Decision, dedup, floors, listed, narrow, unsaid
+from curate.decision import Decision, dedup, floors, listed, narrow, unsaid, whole
 from curate.decision import picks as picked_by_hand
 from curate.fuse import FUSIONS
 from jobs import samples, votes
 from jobs.embed import vectors_of
-from jobs.named import known, yours
+from jobs.named import guarded, known, yours
 from jobs.pool import ask, pool, scorers
 from jobs.refine import not_accepted
 from jobs.run import Run, ids
@@ -53,7 +54,7 @@ class Select(Settings):
     budget: int | None = Field(None, ge=1)
     band: tuple[float, float] = (0.0, 0.5)
     floors: dict[str, float] = Field(default_factory=dict)
-    dedup: float | None = Field(None, gt=-1, le=1)
+    dedup: float | None = Field(None, gt=0, le=1)
     sql: str | None = None
     strata: Literal["category", "cluster"] = "category"
     picks: str | None = None
@@ -115,7 +116,7 @@ def picked(run: Run, name: str | None) -> np.ndarray | None:
         return votes.picked(run)
     path = Path(name.replace("{round}", str(run.round)).replace("{arm}", run.arm)).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         found = np.array([int(line) for line in lines if line], np.int64)
     except (OSError, ValueError, OverflowError) as error:
         raise WinnowError(
@@ -132,9 +133,12 @@ def _work(run: Run, settings: Select, used: tuple[str, ...], picks: np.ndarray |
         decision = decide(run, settings, used, rows, picks)
         n = rows.num_rows
         if not decision.kept.any():
+            none, cure = "keeps none", "change select"
+            if settings.floors:
+                none, cure = f"and floors {settings.floors} leave none", "lower them"
             raise WinnowError(
-                f"select: policy {settings.policy!r} keeps none of {n} samples; the commonest reason is "
-                f"{Counter(decision.reason.tolist()).most_common(1)[0][0]!r}; change select, or make more samples"
+                f"select: policy {settings.policy!r} {none} of {n} samples; the commonest reason is "
+                f"{Counter(decision.reason.tolist()).most_common(1)[0][0]!r}; {cure}, or make more samples"
             )
         columns = {
             "selection": pa.array([run.arm] * n),
@@ -189,13 +193,13 @@ def decide(
         left = before.kept
         named = {name: scores[name][left] for name in settings.floors}
         before = narrow(before, floors(named, settings.floors))
-    if settings.dedup is not None:
+    if settings.dedup is not None and before.kept.any():
         assert features is not None
         left = before.kept
         before = narrow(before, dedup(features[left], settings.dedup, fused[left], numbers[left]))
     left = before.kept
     if not left.any():
-        raise WinnowError(f"select: floors {settings.floors} leave none of {len(left)} samples; lower them")
+        return before
     if picks is not None:
         return narrow(before, choose.best_of_n(fused[left], groups[left], numbers[left], k=len(numbers)))
     if settings.policy == "sql":
@@ -209,12 +213,25 @@ def decide(
         options["strata"] = _strata(run, settings, groups[left])
     elif settings.policy == "pareto":
         options["columns"] = np.stack([scores[name][left] for name in used], axis=1)
-    policy = choose.POLICIES.get(settings.policy) or yours("policy", settings.policy)
+    policy = choose.POLICIES.get(settings.policy) or _own(settings.policy)
     some, seed = None if features is None else features[left], run.seed("select", run.arm, run.round) % 2**31
-    after = policy(fused[left], groups[left], numbers[left], some, settings.budget, seed, **options)
-    if not isinstance(after, Decision):
-        raise WinnowError(f"policy {settings.policy!r}: gave a {type(after).__name__}; it must return a Decision")
-    return narrow(before, after)
+    return narrow(before, policy(fused[left], groups[left], numbers[left], some, settings.budget, seed, **options))
+
+
+def _own(name: str) -> Callable[..., Decision]:
+    """A policy of one's own; what it gives is checked."""
+    policy = yours("policy", name)
+
+    def decided(scores: np.ndarray, *others: Any) -> Decision:
+        given = guarded("policy", name, policy)(scores, *others)
+        if not isinstance(given, Decision):
+            raise WinnowError(f"policy {name!r}: gave a {type(given).__name__}; it must return a Decision")
+        try:
+            return whole(given, len(scores))
+        except WinnowError as error:
+            raise WinnowError(f"policy {name!r}: {error}") from error
+
+    return decided
 
 
 def _asked(run: Run, settings: Select, numbers: np.ndarray) -> Decision:
@@ -229,13 +246,13 @@ def _asked(run: Run, settings: Select, numbers: np.ndarray) -> Decision:
         rank = answer["rank"].cast(pa.int64()).fill_null(0).to_numpy() if "rank" in answer.column_names else None
         if len(np.unique(chosen)) < len(chosen):
             raise WinnowError("sql: it gives a sample twice")
+        return whole(listed(numbers, chosen, rank), len(numbers))
     except (WinnowError, pa.ArrowException) as error:
         reason = " ".join(str(error).removeprefix("sql: ").split())[:300]
         raise WinnowError(
             f"select.sql {settings.sql!r}: {reason}; write a query over candidates such as SELECT sample_id FROM "
             f"candidates WHERE {identifier('rank:' + found[0]) if found else 'width'} = 1"
         ) from error
-    return listed(numbers, chosen, rank)
 
 
 def _strata(run: Run, settings: Select, groups: np.ndarray) -> np.ndarray:

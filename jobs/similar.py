@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from curate.closest import Closest
+from jobs.embed import matrix
 from jobs.encoders import READERS, encoder
+from jobs.sealed import sample_row
 from schemas.errors import WinnowError
 from storage.layout import check
 from storage.query import arrow, stream
@@ -22,10 +24,16 @@ def similar(store: Path, sample: int, space: str | None = None, k: int = 10) -> 
     """The k samples that are most like one by the cosine in ``space`` (null: the only one that it is embedded in)."""
     sql = "SELECT encoder, vector FROM embeddings WHERE sample_id = $id AND encoder = coalesce($e, encoder)"
     found = arrow(check(store), sql, {"id": sample, "e": space})
-    if found.num_rows != 1:
-        have = ", ".join(found["encoder"].to_pylist())
-        what = f"in {have}: choose one by --space" if have else f"in {space or 'no space'}: run 'winnow embed' first"
-        raise WinnowError(f"sample {sample} is embedded {what}")
+    if not found.num_rows:
+        sample_row(store, sample)  # says so where there is none
+        raise WinnowError(
+            f"sample {sample} has no vector{f' in {space!r}' if space else ''}: add an encoder to embed.encoders and "
+            "run 'winnow embed', or name another by --space"
+        )
+    if found.num_rows > 1:
+        raise WinnowError(
+            f"sample {sample} is embedded in {', '.join(found['encoder'].to_pylist())}: choose one by --space"
+        )
     return _closest(store, found["encoder"][0].as_py(), np.array(found["vector"][0].as_py()), k, sample)
 
 
@@ -53,8 +61,7 @@ def _closest(store: Path, space: str, query: np.ndarray, k: int, without: int | 
     best = Closest(query, k)
     for batch in stream(store, "SELECT sample_id, vector FROM embeddings WHERE encoder = $e AND sample_id <> $not",
                         {"e": space, "not": -1 if without is None else without}):  # fmt: skip
-        vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
-        best.add(batch["sample_id"].to_numpy(), vectors)
+        best.add(batch["sample_id"].to_numpy(), matrix(batch["vector"], len(query), f"vectors of {space!r} in {store}"))
     numbers, likeness = best.found()
     if not len(numbers):
         raise WinnowError(f"{store}: has no other vectors of {space!r}; run 'winnow embed' first")

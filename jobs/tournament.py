@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curate import weigh as law
 from curate.drift import frechet_distance
@@ -31,6 +31,12 @@ class Tournament(Settings):
 
     policies: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _names(self) -> Tournament:
+        if OWN in self.policies:
+            raise WinnowError(f"tournament.policies {OWN!r}: the recipe's own has that name; take another")
+        return self
+
 
 def tournament(run: Run, names: tuple[str, ...] = ()) -> pa.Table:
     """One row a policy, nothing of it kept in the store; ``names``: those to compare, the recipe's own always among
@@ -42,13 +48,13 @@ def tournament(run: Run, names: tuple[str, ...] = ()) -> pa.Table:
     the share of samples in common (Jaccard).
     """
     rows = samples.of(run, "train")
-    own = _decided(run, {}, rows)
-    entered = run.recipe.tournament.policies or usual(run, int(own.sum()))
+    own = _decided(run, OWN, {}, rows)
+    entered = run.recipe.tournament.policies or usual(run, max(1, int(own.sum())))
     unknown = [name for name in names if name not in (*entered, OWN)]
     if unknown:
         raise WinnowError(f"policy {unknown[0]!r}: not in the tournament; there are {', '.join([OWN, *entered])}")
     kept = {OWN: own}
-    kept |= {name: _decided(run, changes, rows) for name, changes in entered.items() if name in (names or entered)}
+    kept |= {name: _decided(run, name, entered[name], rows) for name in entered if name in (names or entered)}
     shared = overlaps(np.stack(list(kept.values())))
     measured = _measures(run, rows)
     return pa.Table.from_pylist([
@@ -71,13 +77,16 @@ def usual(run: Run, budget: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _decided(run: Run, changes: dict[str, Any], rows: pa.Table) -> np.ndarray:
-    """Which candidates [N] are kept with these changes to ``select``."""
+def _decided(run: Run, name: str, changes: dict[str, Any], rows: pa.Table) -> np.ndarray:
+    """Which candidates [N] the policy of this name keeps, with its changes to ``select``."""
     from jobs.recipe import override  # which holds these settings itself
 
-    other = replace(run, recipe=override(run.recipe, [(["select", key], value) for key, value in changes.items()]))
-    settings = other.recipe.select
-    return decide(other, settings, needed(other), rows, picked(other, settings.picks)).kept
+    try:
+        other = replace(run, recipe=override(run.recipe, [(["select", key], value) for key, value in changes.items()]))
+        settings = other.recipe.select
+        return decide(other, settings, needed(other), rows, picked(other, settings.picks)).kept
+    except WinnowError as error:
+        raise WinnowError(f"policy {name!r}: {error}") from error
 
 
 def _measures(run: Run, rows: pa.Table) -> dict[str, Any]:

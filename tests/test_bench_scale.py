@@ -22,8 +22,10 @@ from bench import by_hand, scale
 from bench.selection import part
 from jobs import recipe as recipes
 from jobs.distance import distance
+from jobs.explain import explain
 from jobs.run import Run
 from jobs.select import select
+from jobs.similar import similar
 from schemas.errors import WinnowError
 from schemas.tables import embedding_schema
 from storage.snapshot import seal
@@ -207,3 +209,20 @@ def test_vectors_of_two_lengths_are_refused(store: Path) -> None:
     distance(run.base(), "reference")
     with pytest.raises(WinnowError, match="have (8 and 9|9 and 8) numbers"):
         distance(run)
+    with pytest.raises(WinnowError, match="have 9 and 8 numbers"):
+        similar(store, 999)
+
+
+def test_a_sample_of_another_length_than_d0_is_named_and_explained(store: Path) -> None:
+    run, at = measuring(store), {"round": 9, "arm": "curated", "split": "train"}
+    image = {"bytes": b"\x89PNG\r\n\x1a\n", "path": "a.png"}
+    sample = {"sample_id": np.array([999]), **at, "prompt_id": 1, "prompt": "more", "seed": 1, "model": "made-up",
+              "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None, "image": [image]}  # fmt: skip
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)
+    longer = {"sample_id": np.array([999]), "round": 9, "encoder": scale.SPACE, "revision": "2", "vector": vector}
+    parts = [part(store, "samples", at, sample), part(store, "embeddings", at, longer, embedding_schema(9))]
+    seal(store, "more", parts, run.recipe.model_dump(mode="json"))
+    distance(run.base(), "reference")
+    with pytest.raises(WinnowError, match=f"distance of round 9 of 'curated' to d0.*{scale.SPACE}.*9 columns where 8"):
+        distance(run.at(9))
+    assert explain(store, 999)["nearest"] == []

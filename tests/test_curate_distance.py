@@ -247,11 +247,14 @@ def test_order_of_rows_does_not_matter(seed: int, kind: str, metric: str) -> Non
         ([[0, 1]], [[0, 1]], {"kind": "median"}, "choose one of mean, knn"),
         ([[0, 1]], [[0, 1]], {"kind": "knn", "k": 2}, "give k in 1..1"),
         ([[0, 1]], [[0, 1], [1, 1]], {"kind": "knn", "k": 1.5}, "give k in 1..2"),
+        ([[0, 1]], [[0, 1], [1, 1]], {"kind": "knn", "k": np.nan}, "give k in 1..2"),
         ([[0, 0]], [[0, 1]], {"metric": "cosine"}, "row 0 is all zeros, so it has no direction"),
         ([[0, 1]], [[0, 1], [0, -1]], {"kind": "center", "metric": "cosine"}, "directions cancel out"),
         ([[0, 1]], [[0, 1]], {"kind": "mahalanobis"}, "needs 2 or more"),
         ([[0, 1]], [[0, 1], [0, 1]], {"kind": "mahalanobis"}, "rows are all equal"),
         ([[1e200, 1]], [[0, 1]], {"kind": "center", "metric": "mse"}, "overflows"),
+        ([[0, 1]], [[1e160, 1], [0, 2], [1, 0]], {"kind": "mahalanobis"}, "overflows"),
+        ([[0, 1, 1]], [[1e160, 1, 0], [0, 2, 1]], {"kind": "mahalanobis"}, "overflows"),
     ],
 )
 def test_bad_input_is_refused(x: list, ref: list, settings: dict, said: str) -> None:

@@ -38,6 +38,21 @@ def test_equal_laws_have_density_1_and_lost_modes_lose_coverage() -> None:
     assert lost.reached.mean() < 0.55
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_a_row_at_the_edge_of_a_ball_is_in_it(kind: type) -> None:
+    """Each row has k others and itself within its own ball, the k-th of them at its very edge."""
+    x = np.random.default_rng(0).normal(size=(400, 64)).astype(kind)
+    assert manifold(x, x, 5).density.mean() == pytest.approx(6 / 5)
+
+
+def test_doubles_are_in_each_others_balls_of_no_size() -> None:
+    x = (20 * np.random.default_rng(1).normal(size=(40, 768))).astype(np.float32)
+    ref = np.repeat(x, 4, axis=0)
+    found = manifold(ref, ref, 3)
+    assert found.inside.all() and found.covered.all() and found.reached.all()
+    np.testing.assert_array_equal(found.density, 4 / 3)
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(WinnowError, match="below both"):
         manifold(np.eye(4), np.eye(4), 4)

@@ -196,6 +196,8 @@ def test_floors_name_every_scorer_that_fell_short() -> None:
     assert decision.reason.tolist() == [
         "below floor clip 0.18 < 0.2", "", "below floor clip 0.1 < 0.2; below floor hps 0 < 0.5",
     ]  # fmt: skip
+    with pytest.raises(WinnowError, match="floor for 'clip' is NaN"):
+        floors({"clip": [0.1, 0.5]}, {"clip": np.nan})
     with pytest.raises(WinnowError, match="no scores: choose among clip"):
         floors({"clip": [0.1]}, {"pick": 1})
     with pytest.raises(WinnowError, match="1 rows where 2"):
@@ -224,6 +226,11 @@ def test_dedup_across_blocks_keeps_the_best_of_equal_rows() -> None:
     decision = dedup(features, 1.0, scores, ids)
     assert decision.kept.tolist() == [False] * 1500 + [True] * 1500
     assert decision.reason[7] == "near duplicate of 1507: similarity 1.0000"
+
+
+def test_dedup_names_the_sample_without_a_direction() -> None:
+    with pytest.raises(WinnowError, match="features of 23 are all zeros"):
+        dedup([[1, 0], [0, 0]], 0.9, [1, 2], [7, 23])
 
 
 def test_narrow_joins_two_decisions() -> None:

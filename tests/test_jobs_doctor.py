@@ -22,7 +22,7 @@ def test_the_embedded_default_runs_here(winnow: Winnow, tmp_path: Path) -> None:
     assert said.status == 0 and not said.err, said.out
     assert all(verdict == "ok" for verdict, _ in found.values()), found
     assert {"python", "packages", "device", "disk", "Hub", "model embedded", "scorer scene-clip", "scorer scene-judge",
-            "encoder scene-clip", "evaluate.real"} <= set(found)  # fmt: skip
+            "encoder scene-clip", "evaluate.real", "round"} <= set(found)  # fmt: skip
     assert not (tmp_path / "none").exists()
 
 
@@ -45,6 +45,12 @@ def test_what_is_missing_is_named_with_its_cure(
     assert "give a diffusers pipeline folder" in found["model /no/such/model"][1]
     assert found["prompts.judge"][1] == "NO_SUCH_KEY is not set; export the key in it"
     assert "must be importable" in found["scorer nobody.wrote:this"][1]
+
+
+def test_a_round_that_a_loop_would_refuse_is_wrong(winnow: Winnow, tmp_path: Path) -> None:
+    where = ("doctor", "--recipe", "embedded", "--store", tmp_path, "--prompts", 180)
+    said = winnow(*where, "--set", "guard.metric=scene-clip")
+    assert said.status == 2 and findings(said.out)["round"][0] == "wrong" and "which selects" in said.out
 
 
 def test_a_full_disk_and_an_old_package_are_seen(

@@ -524,6 +524,27 @@ def vectors():
 def nothing():
     return 5
 
+def cannot():
+    raise RuntimeError("no such weights")
+
+def single():
+    return Scorer("single", "1", lambda images, prompts: np.zeros(len(images)))
+
+def texts():
+    return Scorer("texts", "1", lambda images, prompts: (["good"] * len(images), np.zeros(len(images), bool)))
+
+def cut():
+    return Scorer("cut", "1", lambda images, prompts: (np.zeros(len(images)), np.zeros(1, bool)))
+
+def flat():
+    return Encoder("flat", "1", lambda images, prompts: np.zeros((len(images), 0)))
+
+def words():
+    return Encoder("words", "1", lambda images, prompts: np.full((len(images), 3), "x"))
+
+def big():
+    return Encoder("big", "1", lambda images, prompts: np.full((len(images), 3), 1e6))
+
 def raises():
     def score(images, prompts):
         raise RuntimeError("first line\\nsecond line")
@@ -549,7 +570,15 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("score", "score.scorers", "brokenscorers.bad:nothing", ["gave a int", "Scorer"]),
         ("score", "score.scorers", "brokenscorers.bad:absent", ["absent", "importable"]),
         ("score", "score.scorers", "brokenscorers.missing:x", ["brokenscorers.missing", "importable"]),
+        ("score", "score.scorers", "brokenscorers.bad:cannot", ["bad:cannot", "RuntimeError: no such weights"]),
+        ("score", "score.scorers", "brokenscorers.bad:BROKEN", ["bad:BROKEN", "importable"]),
+        ("score", "score.scorers", "brokenscorers.bad:single", ["bad:single", "ndarray where a pair is needed"]),
+        ("score", "score.scorers", "brokenscorers.bad:texts", ["bad:texts", "could not convert string"]),
+        ("score", "score.scorers", "brokenscorers.bad:cut", ["gave (1,) as truncated for"]),
         ("embed", "embed.encoders", "brokenscorers.bad:vectors", ["vector is inf", "sample_id"]),
+        ("embed", "embed.encoders", "brokenscorers.bad:flat", ["0) for", "give [N, D]"]),
+        ("embed", "embed.encoders", "brokenscorers.bad:words", ["bad:words", "could not convert string"]),
+        ("embed", "embed.encoders", "brokenscorers.bad:big", ["gave 1e+06", "up to 65504: scale it"]),
     ],
 )
 def test_a_users_broken_model_loses_nothing(
@@ -557,8 +586,8 @@ def test_a_users_broken_model_loses_nothing(
 ) -> None:
     before = files(copy / "tables")
     where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({key: ["scene-clip", name]}))
-    line = winnow(verb, *where).line
-    assert all(word in line for word in said), line
+    found = winnow(verb, *where)
+    assert found.status == 2 and all(word in found.line for word in said), found.err
     assert files(copy / "tables") == before and verify(copy).ok
 
 
@@ -567,10 +596,11 @@ def test_an_error_of_a_users_model_is_one_line_and_a_traceback_with_debug(
 ) -> None:
     where = ("score", "--recipe", "embedded-fast", "--store", copy, "--round", 1)
     said = winnow(*where, *options({"score.scorers": ["brokenscorers.bad:raises"]}))
-    assert said.status == 1 and said.err.count("\n") == 1, said.err
-    assert "RuntimeError: first line second line" in said.err and "--debug" in said.err
+    assert said.status == 2 and said.err.count("\n") == 1, said.err
+    assert "scorer 'brokenscorers.bad:raises': fails with RuntimeError: first line second line" in said.err
+    assert "--debug" in said.err
     said = winnow(*where, *options({"score.scorers": ["brokenscorers.bad:raises"]}), "--debug")
-    assert said.status == 1 and "Traceback" in said.err and "bad.py" in said.err
+    assert said.status == 2 and "Traceback" in said.err and "bad.py" in said.err
 
 
 def limited(store: str) -> None:

@@ -68,6 +68,9 @@ def test_search_ranks_by_the_text(world: World, winnow: Callable[..., Any]) -> N
 
 
 def test_what_cannot_be_found_is_said(world: World, winnow: Callable[..., Any]) -> None:
-    assert "run 'winnow embed' first" in winnow("similar", 7, "--store", world.store).line
+    assert "sample 7: not in" in winnow("similar", 7, "--store", world.store).line
+    number = world.rows("SELECT min(sample_id) AS n FROM embeddings WHERE encoder = 'scene-clip'")[0]["n"]
+    said = winnow("similar", number, "--store", world.store, "--space", "nope").line
+    assert f"sample {number} has no vector in 'nope': add an encoder" in said and "run 'winnow embed'" in said
     assert "reads no text" in winnow("search", "x", "--store", world.store, "--space", "scene-judge").line
     assert "empty" in winnow("search", " ", "--store", world.store).line

@@ -14,6 +14,7 @@ from conftest import World, files, sets
 
 from jobs import recipe as recipes
 from jobs import samples
+from jobs.pool import pool
 from jobs.run import Run
 from jobs.select import decide, needed
 from jobs.tournament import tournament
@@ -82,6 +83,34 @@ def test_a_query_chooses_as_the_policy_does(world: World) -> None:
     assert kept(changed(world, policy="sql", sql="SELECT sample_id FROM candidates WHERE distance < 0")).kept.sum() == 0
 
 
+def test_a_rank_without_a_score_is_null(world: World) -> None:
+    sql = pool(world.runs["curated"], ["scene-clip", "of nobody"])
+    found = world.rows(
+        f'SELECT count(*) AS n, count("rank:scene-clip") AS ranked, count("rank:of nobody") AS others FROM ({sql})'
+    )
+    assert found[0]["n"] == found[0]["ranked"] > 0 == found[0]["others"]
+
+
+def test_a_scorer_of_the_evaluation_alone_is_no_column_of_the_candidates(world: World) -> None:
+    with pytest.raises(WinnowError, match="scene-judge"):
+        kept(changed(world, policy="sql", sql='SELECT sample_id FROM candidates WHERE "scene-judge" = 1'))
+
+
+def test_a_policy_that_keeps_nothing_is_a_row_and_one_that_fails_is_named(world: World) -> None:
+    run = world.runs["curated"]
+
+    def entered(**policies: Any) -> list[dict[str, Any]]:
+        recipe = recipes.override(run.recipe, sets({"tournament.policies": policies}))
+        return tournament(replace(run, recipe=recipe)).to_pylist()
+
+    [_, high] = entered(high={"floors": {"scene-clip": 99.0}})
+    assert high["kept"] == 0 and high["ess"] is None
+    with pytest.raises(WinnowError, match="policy 'mine': select.sql.*nothing"):
+        entered(mine={"policy": "sql", "sql": "SELECT nothing FROM candidates"})
+    with pytest.raises(WinnowError, match="'recipe': the recipe's own has that name"):
+        entered(recipe={"keep": 3})
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
     [
@@ -90,6 +119,8 @@ def test_a_query_chooses_as_the_policy_does(world: World) -> None:
         ("SELECT sample_id FROM candidates UNION ALL SELECT sample_id FROM candidates", "twice"),
         ("DROP TABLE samples", "select.sql"),
         ("SELECT * FROM read_csv('/etc/passwd')", "select.sql"),
+        ("SELECT sample_id, 99999999999 AS rank FROM candidates", "rank 99999999999: give 1"),
+        ("SELECT sample_id, -1 AS rank FROM candidates", "rank -1: give 1"),
     ],
 )
 def test_a_bad_query_is_refused_in_one_line(world: World, query: str, said: str) -> None:
@@ -105,7 +136,13 @@ def test_a_policy_of_ones_own(world: World, tmp_path: Path, monkeypatch: pytest.
         "def first(scores, groups, ids, features=None, budget=None, rng=None):\n"
         "    kept = ids == ids.min()\n"
         "    return Decision(kept, np.ones(len(ids), int), np.where(kept, '', 'not first').astype(object))\n\n\n"
-        "def nothing(*columns):\n    return None\n"
+        "def nothing(*columns):\n    return None\n\n\n"
+        "def fails(*columns):\n    raise OSError('gone\\naway')\n\n\n"
+        "def silent(scores, groups, ids, *columns):\n"
+        "    return Decision(ids == ids.min(), np.ones(len(ids), int), np.full(len(ids), '').astype(object))\n\n\n"
+        "def few(*columns):\n    return Decision(np.ones(1, bool), np.ones(1, int), np.array(['']))\n\n\n"
+        "def chatty(scores, groups, ids, *columns):\n"
+        "    return Decision(ids == ids.min(), np.ones(len(ids)), np.full(len(ids), 'no').astype(object))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     decision = kept(changed(world, policy="minepolicies.firsts:first"))
@@ -114,6 +151,14 @@ def test_a_policy_of_ones_own(world: World, tmp_path: Path, monkeypatch: pytest.
         kept(changed(world, policy="minepolicies.firsts:nothing"))
     with pytest.raises(WinnowError, match="it must be importable"):
         kept(changed(world, policy="minepolicies.firsts:missing"))
+    with pytest.raises(WinnowError, match="policy 'minepolicies.firsts:fails': fails with OSError: gone away; mend it"):
+        kept(changed(world, policy="minepolicies.firsts:fails"))
+    with pytest.raises(WinnowError, match="firsts:silent': a row is dropped without a reason"):
+        kept(changed(world, policy="minepolicies.firsts:silent"))
+    with pytest.raises(WinnowError, match=r"firsts:few': kept is bool \[1\]"):
+        kept(changed(world, policy="minepolicies.firsts:few"))
+    decision = kept(changed(world, policy="minepolicies.firsts:chatty"))
+    assert decision.rank.dtype == np.int64 and decision.reason[decision.kept].tolist() == [""]
 
 
 def test_strata_are_the_prompts_own(world: World) -> None:

@@ -300,9 +300,13 @@ def test_real_features_of_a_users_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(real_vectors(str(tmp_path / "real.parquet"), ["anything"]), vectors)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
-    for name in ("broken.parquet", "other.parquet", "absent.parquet"):
-        with pytest.raises(WinnowError, match=rf"{name}.*give"):
-            real_vectors(str(tmp_path / name), ["anything"])
+    bad = {"scalars": [1.0, 2.0], "words": [["a"], ["b"]], "one": [[1.0] * 4], "nan": [[float("nan")] * 4] * 2,
+           "short": [[1.0] * 3] * 2}  # fmt: skip
+    for name, column in bad.items():
+        pq.write_table(pa.table({"vector": column}), tmp_path / f"{name}.parquet")
+    for name in ("broken", "other", "absent", *bad):
+        with pytest.raises(WinnowError, match=rf"evaluate.real .*{name}.parquet.*give"):
+            real_vectors(str(tmp_path / f"{name}.parquet"), ["anything"], 4)
 
 
 # make base, from end to end.

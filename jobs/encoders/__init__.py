@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,8 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from jobs import world
-from jobs.named import known, pick
+from jobs.named import guarded, known, pick
+from schemas.errors import WinnowError
 
 if TYPE_CHECKING:
     from jobs.encoders.vision import Kind
@@ -91,4 +92,15 @@ EncoderName = Annotated[str, AfterValidator(lambda name: known("encoder", name, 
 
 def encoder(name: str) -> Encoder:
     """The encoder of that name; its weights are loaded when it is first used."""
-    return pick("encoder", name, ENCODERS, Encoder)
+    found: Encoder = pick("encoder", name, ENCODERS, Encoder)
+    return found if name.partition(":")[0] in ENCODERS else replace(found, encode=guarded("encoder", name, _own(found)))
+
+
+def _own(found: Encoder) -> Callable[[list[Image.Image], list[str]], np.ndarray]:
+    def encode(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        vectors = np.asarray(found.encode(images, prompts))
+        if vectors.ndim != 2 or len(vectors) != len(images) or not vectors.size:
+            raise WinnowError(f"encoder {found.name}: gave {vectors.shape} for {len(images)} images; give [N, D]")
+        return vectors if vectors.dtype.kind == "f" else vectors.astype(np.float64)
+
+    return encode

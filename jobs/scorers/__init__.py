@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,8 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from jobs import world
-from jobs.named import known, pick
+from jobs.named import guarded, known, pick
+from schemas.errors import WinnowError
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,19 @@ ScorerName = Annotated[str, AfterValidator(lambda name: known("scorer", name, SC
 
 def scorer(name: str) -> Scorer:
     """The scorer of that name; its weights are loaded when it is first used."""
-    return pick("scorer", name, SCORERS, Scorer)
+    found: Scorer = pick("scorer", name, SCORERS, Scorer)
+    return found if name.partition(":")[0] in SCORERS else replace(found, score=guarded("scorer", name, _own(found)))
+
+
+def _own(found: Scorer) -> Callable[[list[Image.Image], list[str]], tuple[np.ndarray, np.ndarray]]:
+    def score(images: list[Image.Image], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        given = found.score(images, prompts)
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise TypeError(f"it gave a {type(given).__name__} where a pair is needed, values [N] and truncated [N]")
+        values, truncated = np.asarray(given[0], np.float64), np.asarray(given[1], bool)
+        for what, column in (("", values), (" as truncated", truncated)):
+            if column.shape != (len(prompts),):
+                raise WinnowError(f"scorer {found.name}: gave {column.shape}{what} for {len(prompts)} images; give [N]")
+        return values, truncated
+
+    return score
