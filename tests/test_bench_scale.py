@@ -197,15 +197,21 @@ def test_a_selection_of_nothing_is_refused(store: Path) -> None:
         select(Run(store, recipes.override(run.recipe, asked)))
 
 
-def test_vectors_of_two_lengths_are_refused(store: Path) -> None:
-    run, at = measuring(store), {"round": 1, "arm": "curated", "split": "train"}
+def longer(store: Path, run: Run) -> None:
+    """Sample 999 in the run's round, with a vector of 9 numbers, where the others have 8."""
+    at = {"round": run.round, "arm": "curated", "split": "train"}
     image = {"bytes": b"\x89PNG\r\n\x1a\n", "path": "a.png"}
     sample = {"sample_id": np.array([999]), **at, "prompt_id": 1, "prompt": "more", "seed": 1, "model": "made-up",
               "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None, "image": [image]}  # fmt: skip
-    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)
-    longer = {"sample_id": np.array([999]), "round": 1, "encoder": scale.SPACE, "revision": "2", "vector": vector}
-    parts = [part(store, "samples", at, sample), part(store, "embeddings", at, longer, embedding_schema(9))]
-    seal(store, "more", parts, {})
+    vector = {"sample_id": np.array([999]), "round": run.round, "encoder": scale.SPACE, "revision": "2",
+              "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)}  # fmt: skip
+    parts = [part(store, "samples", at, sample), part(store, "embeddings", at, vector, embedding_schema(9))]
+    seal(store, "more", parts, run.recipe.model_dump(mode="json"))
+
+
+def test_vectors_of_two_lengths_are_refused(store: Path) -> None:
+    run = measuring(store)
+    longer(store, run)
     distance(run.base(), "reference")
     with pytest.raises(WinnowError, match="have (8 and 9|9 and 8) numbers"):
         distance(run)
@@ -214,14 +220,8 @@ def test_vectors_of_two_lengths_are_refused(store: Path) -> None:
 
 
 def test_a_sample_of_another_length_than_d0_is_named_and_explained(store: Path) -> None:
-    run, at = measuring(store), {"round": 9, "arm": "curated", "split": "train"}
-    image = {"bytes": b"\x89PNG\r\n\x1a\n", "path": "a.png"}
-    sample = {"sample_id": np.array([999]), **at, "prompt_id": 1, "prompt": "more", "seed": 1, "model": "made-up",
-              "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None, "image": [image]}  # fmt: skip
-    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)
-    longer = {"sample_id": np.array([999]), "round": 9, "encoder": scale.SPACE, "revision": "2", "vector": vector}
-    parts = [part(store, "samples", at, sample), part(store, "embeddings", at, longer, embedding_schema(9))]
-    seal(store, "more", parts, run.recipe.model_dump(mode="json"))
+    run = measuring(store)
+    longer(store, run.at(9))
     distance(run.base(), "reference")
     with pytest.raises(WinnowError, match=f"distance of round 9 of 'curated' to d0.*{scale.SPACE}.*9 columns where 8"):
         distance(run.at(9))
