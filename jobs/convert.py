@@ -13,6 +13,8 @@ from jobs.checkpoint import tensors
 from schemas.errors import WinnowError
 from storage.durable import storage_errors, sync
 
+RESERVED = "__metadata__"
+
 
 def convert(source: Path, target: Path) -> int:
     """Write the tensors of ``source`` as ``target``; how many there are.
@@ -26,11 +28,13 @@ def convert(source: Path, target: Path) -> int:
     if not source.is_file():
         raise WinnowError(f"convert: {source}: no such file; give a checkpoint")
     found = apart(tensors(source, "convert"))
+    if RESERVED in found:
+        raise WinnowError(f"convert: {source}: a tensor is named {RESERVED}, which safetensors cannot hold; rename it")
     with storage_errors(target.parent, target), tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as staging:
         draft = Path(staging) / target.name
         try:
             save_file(found, draft, {"format": "pt"})
-        except (ValueError, RuntimeError) as error:  # such as a sparse tensor
+        except (ValueError, RuntimeError, KeyError) as error:  # such as a sparse tensor, or complex numbers
             raise WinnowError(f"convert: {source}: {' '.join(str(error).split())[:200]}; convert it by hand") from error
         sync(draft)
         try:

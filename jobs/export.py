@@ -16,7 +16,7 @@ from jobs.images import Format
 from jobs.progress import bar
 from jobs.run import Run
 from jobs.shards import SCORE, File
-from jobs.stage import complete, units
+from jobs.stage import complete, refuse_second, units
 from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
@@ -69,15 +69,15 @@ def export(run: Run) -> list[Path]:
     found = []
     if settings.unweighted == "sampling":
         keys = trainset.drawn(run, rows)
-        found += _keep(run, "sampling", more, len(keys), len(keys), partial(shards.write_keys, keys=keys))
+        found += _keep(run, "sampling", "", more, len(keys), len(keys), partial(shards.write_keys, keys=keys))
     sets = [("", rows, content)]
     if settings.unweighted == "repeats":
-        sets.append(("-repeats", trainset.repeated(run, rows), more))
+        sets.append(("repeats", trainset.repeated(run, rows), more))
     for kind, some, spec in sets:
         total = sum(table.num_rows for table in some)
         for format in settings.formats:
             write = partial(_write, run, format, paths, some, schema)
-            found += _keep(run, format + kind, spec, total, settings.rows, write)
+            found += _keep(run, format, kind, spec, total, settings.rows, write)
     return found
 
 
@@ -96,10 +96,16 @@ def _write(
 
 
 def _keep(
-    run: Run, format: str, content: list[Any], total: int, rows: int, write: Callable[[Path], list[File]]
+    run: Run, form: str, kind: str, content: list[Any], total: int, rows: int, write: Callable[[Path], list[File]]
 ) -> list[Path]:
-    """Commit the files of one format, ``rows`` of its ``total`` rows in each, and seal their manifest."""
-    name = f"shards/{run.arm}-r{run.round}-{format}-{digest(['export', format, content], 12)}"
+    """Commit the files of one format, ``rows`` of its ``total`` rows in each, and seal their manifest. ``kind``: of
+    rows, "" for those with weights, whose folders no pattern of theirs is to take for these."""
+    format = f"{form}-{kind}" if kind else form
+    lead = f"{run.arm}-r{run.round}-{f'{kind}-' if kind else ''}{form}"
+    name = f"shards/{lead}-{digest(['export', format, content], 12)}"
+    one = pa.table({"sample_id": pa.array([run.seed(name)])})
+    work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
+    refuse_second(run, work)  # before anything is written
     made: list[File] = []
     # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
     folder = commit_folder(run.store, name, lambda draft: made.extend(write(draft)), synced=True)
@@ -114,8 +120,6 @@ def _keep(
         ]  # fmt: skip
         return pa.Table.from_pylist(listed, schema=TABLES["shards"].schema)
 
-    one = pa.table({"sample_id": pa.array([run.seed(name)])})
-    work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
     complete(run, "export", "shards", work, lambda: manifest)
     listed = "SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $folder) ORDER BY path"
     sealed = run.query(listed, folder=f"{name}/")

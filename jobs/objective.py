@@ -103,9 +103,10 @@ class Objective:
 
 def objective(scheduler: Any) -> Objective:
     """What a pipeline's model predicts, by its scheduler's configuration."""
-    config = scheduler.config
-    kind = config.get("prediction_type", "flow_prediction")
-    name = type(scheduler).__name__
+    config, name = scheduler.config, type(scheduler).__name__
+    # Those of flows alone do not say what is predicted, nor do some that are of none.
+    flow = any(one.__name__.startswith("FlowMatch") for one in type(scheduler).__mro__)
+    kind = config.get("prediction_type", "flow_prediction" if flow else None)
     if kind in ("epsilon", "v_prediction"):
         if not hasattr(scheduler, "alphas_cumprod"):
             raise WinnowError(
@@ -118,4 +119,5 @@ def objective(scheduler: Any) -> Objective:
         fixed = not config.get("use_dynamic_shifting")
         shift = config.get("shift", config.get("flow_shift", 1.0))
         return Objective("flow", config.num_train_timesteps, shift=shift if fixed else 1.0)
-    raise WinnowError(f"model: its scheduler predicts {kind!r}; epsilon, v_prediction and flow can be trained")
+    what = "does not say what the model predicts" if kind is None else f"predicts {kind!r}"
+    raise WinnowError(f"model: its scheduler, {name}, {what}; epsilon, v_prediction and flow can be trained")

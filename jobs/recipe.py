@@ -27,6 +27,7 @@ from schemas.errors import WinnowError
 from schemas.settings import Settings, explain
 
 REAL = ("fd_real", "kid_real", "cmmd_real", "density_real", "coverage_real")
+ARM = 100  # bytes of a name that is a part of a file's, with the round and digests beside it
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -58,6 +59,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         """What one table needs of another, said before the work and not after it."""
+        for arm in self.arms:
+            if not (0 < len(arm.encode()) <= ARM and arm.isprintable()) or arm[0] == "." or {"/", "\\"} & set(arm):
+                raise WinnowError(
+                    f"arms {arm!r}: folders are named after it; take up to {ARM} bytes that can be printed, without "
+                    "slashes and not beginning with a dot"
+                )
         spaces, scorers = self.embed.encoders, self.score.scorers
         for key, space in (("distance.space", self.distance.space), ("select.space", self.select.space)):
             if space is not None and space not in spaces:

@@ -155,6 +155,8 @@ def train(run: Run) -> None:
     name = _name(run)
     progress = run.store / "checkpoints" / f"{Path(name).name}.safetensors"
     if (run.store / name).exists():
+        if run.recipe.train.watch:
+            say(f"{name}: is trained already, and train.watch looks at models while they train")
         _clear(progress)
         return
     began = time.perf_counter()

@@ -8,8 +8,11 @@ reads ``main`` or a tag finds the files of before or all of the new ones.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 from jobs.hub import endpoint, refusals
 from jobs.progress import bar
 from schemas.errors import WinnowError
+from storage.durable import storage_errors
 
 SUMS = "SHA256SUMS"  # as ``sha256sum --check`` reads it
 HUBS_OWN = {".gitattributes", "README.md"}  # in a repository that is new, or that somebody has only begun to describe
@@ -56,12 +60,13 @@ def summed(items: Sequence[Item]) -> list[Item]:
 
 
 def to_folder(items: Sequence[Item], folder: Path) -> None:
-    """Write the items into ``folder``; WinnowError where it holds something, or a file is not as it should be."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WinnowError(f"{folder}: exists and is not empty; give another folder, or remove it")
-    with bar("publish (dry run)", len(items)) as advance:
+    """Write the items into ``folder``, all or nothing; WinnowError where it holds something, or a file is not as it
+    should be."""
+    with (
+        storage_errors(folder.parent, folder), _beside(folder) as draft, bar("publish (dry run)", len(items)) as advance
+    ):  # fmt: skip
         for one in items:
-            place = folder / one.path
+            place = draft / one.path
             place.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(one.content, Path):
                 shutil.copyfile(one.content, place)
@@ -70,6 +75,19 @@ def to_folder(items: Sequence[Item], folder: Path) -> None:
             with open(place, "rb") as file:
                 _check(one, hashlib.file_digest(file, "sha256").hexdigest())
             advance()
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``folder``, which holds nothing yet, once the block has filled it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WinnowError(f"{folder}: exists and is not empty; give another folder, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as staging:
+        draft = Path(staging) / folder.name
+        draft.mkdir()
+        yield draft
+        os.replace(draft, folder)
 
 
 def to_hub(items: Sequence[Item], repo: str, kind: str, private: bool, tag: str | None = None) -> tuple[str, str]:

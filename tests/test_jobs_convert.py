@@ -121,6 +121,10 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path, winnow: 
     assert "No such file or directory" in winnow("convert", tmp_path / "a.pt", tmp_path / "no" / "a.safetensors").line
     torch.save({"a": torch.zeros(3, 3).to_sparse()}, tmp_path / "sparse.pt")
     assert "holds a sparse or quantised tensor under 'a'" in winnow("convert", tmp_path / "sparse.pt", target).line
+    torch.save({"a": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "complex.pt")
+    assert "complex128; convert it by hand" in winnow("convert", tmp_path / "complex.pt", target).line
+    torch.save({"__metadata__": torch.zeros(3)}, tmp_path / "named.pt")
+    assert "a tensor is named __metadata__" in winnow("convert", tmp_path / "named.pt", target).line
     assert not target.exists()
 
 

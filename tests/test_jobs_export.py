@@ -14,6 +14,7 @@ import sys
 import tarfile
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ForkServer, rows
+from conftest import ForkServer, files, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -221,6 +222,24 @@ def test_repeats_stand_for_the_weights(tmp_path: Path) -> None:
     tars = tar_rows(of_format(run, "webdataset-repeats"))
     assert [(s["__key__"], s["png"]) for s in tars] == [(r["key"], r["image"]["bytes"]) for r in found]
     assert verify(run.store).ok
+
+
+def test_no_pattern_takes_repeats_for_the_weighted_rows(tmp_path: Path) -> None:
+    run = selection(tmp_path, 20, picture, export={"unweighted": "repeats"})
+    export(run)
+    weighted = (run.store / "shards").glob(f"{run.arm}-r{run.round}-parquet-*/*.parquet")
+    assert sorted(weighted) == sorted(path for path, _ in shards_of(run))
+
+
+def test_a_second_export_is_refused_before_it_writes(tmp_path: Path) -> None:
+    run = selection(tmp_path, 20, picture, export={"unweighted": "repeats"})
+    export(run)
+    before = files(run.store)
+    for change in ({"rows": 3}, {"total": 99}):
+        other = recipes.override(run.recipe, [(["export", key], value) for key, value in change.items()])
+        with pytest.raises(WinnowError, match="sealed already, made with other settings"):
+            export(replace(run, recipe=other))
+    assert files(run.store) == before
 
 
 def test_repeats_keep_the_number_of_rows(tmp_path: Path) -> None:

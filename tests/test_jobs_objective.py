@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,12 @@ def test_what_is_predicted_follows_the_scheduler() -> None:
     assert [objective(scheduler_for(kind)).kind for kind in KINDS] == KINDS
     with pytest.raises(WinnowError, match="predicts 'sample'; epsilon, v_prediction and flow"):
         objective(DDPMScheduler(prediction_type="sample"))
+    for silent in ("IPNDMScheduler", "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler", "KarrasVeScheduler",
+                   "FlowMapEulerDiscreteScheduler"):  # fmt: skip
+        with pytest.raises(WinnowError, match=f"{silent}, does not say what the model predicts"):
+            objective(getattr(diffusers, silent)())
+    for flow in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"):
+        assert objective(getattr(diffusers, flow)()).kind == "flow"
     with pytest.raises(WinnowError, match="a EDMEulerScheduler has noise levels of its own"):
         objective(EDMEulerScheduler())
 

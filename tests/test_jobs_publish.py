@@ -287,6 +287,9 @@ def test_a_folder_that_is_in_use_is_left_alone(world: World, tmp_path: Path) -> 
     with pytest.raises(WinnowError, match="not empty"):
         publish(world.store, TO, sets=LICENSED, folder=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    for below in (tmp_path / "mine.txt" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(WinnowError, match="mine.txt|xxx"):
+            publish(world.store, TO, sets=LICENSED, folder=below)
 
 
 def test_a_damaged_shard_does_not_leave(world: World, tmp_path: Path, hub: Hub) -> None:
@@ -300,6 +303,7 @@ def test_a_damaged_shard_does_not_leave(world: World, tmp_path: Path, hub: Hub) 
     (store / row["path"]).write_bytes(data)
     with pytest.raises(WinnowError, match="SHA-256"):
         publish(store, TO, sets=LICENSED, round=1, folder=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
     with pytest.raises(WinnowError, match=r"train-00000-of-00001\.parquet: its SHA-256 is .*, should be"):
         publish(store, TO, sets=LICENSED, round=1)
     assert set(hub.repos[REPO].files()) == {".gitattributes"} and not hub.repos[REPO].tags

@@ -141,6 +141,12 @@ def test_infinite_settings_are_refused() -> None:
                 recipes.override(recipes.load("embedded"), sets({key: value}))
 
 
+@pytest.mark.parametrize("arm", ["", "../../out", "a/b", "a\\b", ".hidden", "a\nb", "x" * 101, "é" * 51])
+def test_arms_whose_folders_would_lie_elsewhere_are_refused(arm: str) -> None:
+    with pytest.raises(WinnowError, match="folders are named after it"):
+        recipes.override(recipes.load("embedded"), sets({"arms": {arm: {}}}))
+
+
 def test_an_empty_arm_is_like_the_rest(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: embedded\nname: mine\narms: {a: {}, b: {train: {steps: 2}}}\n")
     recipe = recipes.load(str(tmp_path / "mine.yaml"))

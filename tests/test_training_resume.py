@@ -133,7 +133,8 @@ def test_a_damaged_state_says_how_to_go_on(stable_diffusion: Path, tmp_path: Pat
     data, progress = build(pipe, examples(WEIGHTS), tmp_path / "cache"), tmp_path / "p.safetensors"
     Trainer(pipe, data, SETTINGS, 7).state.keep(progress, 5)
     whole = progress.read_bytes()
-    for damage in (b"abc" * 100, whole[:-50], b""):
+    flipped = whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]
+    for damage in (b"abc" * 100, whole[:-50], b"", flipped):
         progress.write_bytes(damage)
         with pytest.raises(WinnowError, match=r"p\.safetensors: the kept state cannot be read .*remove it to train"):
             fine_tune(pipe, data, SETTINGS, 7, progress)

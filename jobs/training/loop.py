@@ -206,8 +206,9 @@ class Trainer:
             )
 
     def _refuse(self, step: int, value: float, rows: np.ndarray) -> None:
-        names = ", ".join(str(self.data.sample_ids[row]) for row in rows[:5])
-        which = f"samples {names}{', …' if len(rows) > 5 else ''}" if len(rows) else "no single one of its samples here"
+        bad = list(dict.fromkeys(self.data.sample_ids[rows].tolist()))  # a small set comes more than once in a batch
+        names = ", ".join(map(str, bad[:5]))
+        which = f"samples {names}{', …' if len(bad) > 5 else ''}" if bad else "no single one of its samples here"
         raise WinnowError(
             f"train: the loss is {value} at step {step} ({which}); what was kept before stays; lower train.lr, or look "
             "at these samples"
