@@ -26,16 +26,23 @@ class Handler(BaseHTTPRequestHandler):
             self.server.times.append(time.monotonic())
             self.server.seen.append((self.path, self.headers.get("Authorization"), body))
             self.server.flying += 1
+            self.flies = True
             self.server.most = max(self.server.most, self.server.flying)
         try:
             self.server.act(self, prompt, number)
         except (BrokenPipeError, ConnectionResetError):  # it did not wait for us
             pass
         finally:
-            with self.server.lock:
-                self.server.flying -= 1
+            self.landed()
+
+    def landed(self) -> None:
+        """Before the last that the other side waits for: once it has that, or has given up, it may ask the next."""
+        with self.server.lock:
+            self.server.flying -= self.flies
+            self.flies = False
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.landed()
         self.send_response(status)
         for name, value in ({"Content-Length": str(length or len(body))} | (headers or {})).items():
             self.send_header(name, value)

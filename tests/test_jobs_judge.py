@@ -76,6 +76,7 @@ def test_every_prompt_is_asked_once_and_graded_in_tenths(server: Server, tmp_pat
 
 
 def too_slow(handler: Handler, prompt: str) -> None:
+    handler.landed()  # it is given up before
     time.sleep(1.2)
     handler.good()
 
@@ -83,6 +84,7 @@ def too_slow(handler: Handler, prompt: str) -> None:
 def dripping(handler: Handler, prompt: str) -> None:
     """Each packet comes in time, and all of them too late."""
     body = json.dumps({"choices": [{"message": {"content": '{"clarity": 8, "specificity": 7}'}}]}).encode()
+    handler.landed()
     handler.send_response(200)
     handler.send_header("Content-Length", str(12 + len(body)))
     handler.end_headers()
@@ -94,6 +96,7 @@ def dripping(handler: Handler, prompt: str) -> None:
 
 
 def closes(handler: Handler, prompt: str) -> None:
+    handler.landed()
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -123,6 +126,7 @@ def test_trouble_that_passes_is_waited_out(server: Server, tmp_path: Path) -> No
     assert len(struck) == len(PASSING)
 
     def act(handler: Handler, prompt: str, number: int) -> None:
+        time.sleep(0.05)  # so that others come meanwhile
         struck[prompt](handler, prompt) if prompt in struck and number <= 2 else handler.good()
 
     server.act = act
