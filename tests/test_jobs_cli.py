@@ -105,7 +105,7 @@ def test_an_unknown_format_is_one_line(world: World, winnow: Winnow) -> None:
 
 
 def test_no_store_is_one_line(winnow: Winnow, tmp_path: Path) -> None:
-    for words in (("sql", "SELECT 1"), ("verify",), ("score",), ("export",), ("train",), ("tournament",)):
+    for words in (("sql", "SELECT 1"), ("verify",)):
         assert "no store here" in winnow(*words, "--store", tmp_path / "nowhere").line
     assert not (tmp_path / "nowhere").exists()
 

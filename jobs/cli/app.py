@@ -32,13 +32,12 @@ RECIPE = "embedded"
 
 
 def open_run(
-    recipe: str, store: Path, arm: str, round: int | None, sets: list[str] | None, shard: int = 0, of: int = 1,
-    begins: bool = False,
-) -> Any:  # fmt: skip
-    """The Run that a verb works on; ``begins``: it may be the first in its store."""
+    recipe: str, store: Path, arm: str, round: int | None, sets: list[str] | None, shard: int = 0, of: int = 1
+) -> Any:
+    """The Run that a verb works on."""
     from jobs import recipe as recipes
     from jobs.run import Run
-    from storage.layout import check, create
+    from storage.layout import create
 
     if shard >= of:
         raise WinnowError(f"--shard {shard} --of {of}: shards count from 0; give a shard below {of}")
@@ -47,7 +46,7 @@ def open_run(
         import torch
 
         torch.set_num_threads(loaded.threads)
-    run = Run(create(store) if begins else check(store), loaded.for_arm(arm), 1, arm, shard, of)
+    run = Run(create(store), loaded.for_arm(arm), 1, arm, shard, of)
     if round is None:
         done = run.query("SELECT coalesce(max(round), 0) AS n FROM rounds WHERE arm = $arm", arm=arm)
         round = done["n"][0].as_py() + 1

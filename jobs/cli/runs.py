@@ -20,7 +20,7 @@ def round_(
     """Play one whole round, and before the first one what all rounds share."""
     from jobs.round import play, prepare
 
-    run = open_run(recipe, store, arm, round, set, begins=True)
+    run = open_run(recipe, store, arm, round, set)
     prepare(run)
     play(run)
 
@@ -39,8 +39,7 @@ def loop(
     from jobs.round import loop as play_all
 
     sets = [*(set or []), *([f"rounds={rounds}"] if rounds else [])]
-    run = open_run(recipe, store, arm, 1, sets, begins=True)
-    outcome = play_all(run, renew if report else lambda run: None)
+    outcome = play_all(open_run(recipe, store, arm, 1, sets), renew if report else lambda run: None)
     print(f"{outcome.verdict}: {outcome.reason}")
     print(f"the model to keep is that of round {outcome.best_round}: {outcome.model}")
 

@@ -22,7 +22,7 @@ def prompts(
     from jobs.prompts import prompts as stage
 
     sets = [*(set or []), *([f"prompts.source={json.dumps(source)}"] if source else [])]
-    run = open_run(recipe, store, first_arm(recipe), 1, sets, begins=True)
+    run = open_run(recipe, store, first_arm(recipe), 1, sets)
     stage(run)
     for row in run.query(
         "SELECT kept, split, count(*) AS n FROM prompts GROUP BY ALL ORDER BY kept DESC, split DESC"
