@@ -105,7 +105,7 @@ def _keep(
     name = f"shards/{lead}-{digest(['export', format, content], 12)}"
     one = pa.table({"sample_id": pa.array([run.seed(name)])})
     work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
-    refuse_second(run, work)  # before anything is written
+    refuse_second(run, latest(run.store).by_path(), work)  # before anything is written
     made: list[File] = []
     # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
     folder = commit_folder(run.store, name, lambda draft: made.extend(write(draft)), synced=True)

@@ -47,9 +47,8 @@ def units(table: str, folders: Mapping[str, Any], rows: pa.Table, size: int, spe
     return cut
 
 
-def refuse_second(run: Run, work_units: Sequence[Unit]) -> None:
+def refuse_second(run: Run, sealed: Mapping[str, Part], work_units: Sequence[Unit]) -> None:
     """A stage of a round is made once: a second set beside the first would be read with it."""
-    sealed = latest(run.store).by_path()
     folders = {unit.path.rpartition("/")[0] for unit in work_units}
     others = {path for path in sealed if path.rpartition("/")[0] in folders} - {unit.path for unit in work_units}
     if others:
@@ -66,8 +65,8 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     the stage is sealed.
     """
     began = time.perf_counter()
-    refuse_second(run, work_units)
     sealed = latest(run.store).by_path()
+    refuse_second(run, sealed, work_units)
     parts: dict[str, Part] = {}
     for unit in work_units:
         part = find(run.store, unit.path, sealed)
