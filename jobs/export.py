@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from schemas.ids import digest
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.commit import commit_folder
+from storage.content import sha256_of
 from storage.places import parts_of
 from storage.snapshot import latest
 
@@ -128,10 +128,8 @@ def _keep(
 
 def _read(path: Path, rows: int, total: int) -> File:
     """What a file of an earlier run is."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     number = int(path.stem.rpartition("-")[2])
-    return File(path.name, min(rows, total - number * rows), path.stat().st_size, sha256)
+    return File(path.name, min(rows, total - number * rows), path.stat().st_size, sha256_of(path))
 
 
 def _sound(store: Path, made: Sequence[File], path: str, bytes: int, sha256: str) -> Path:

@@ -17,6 +17,7 @@ from jobs.summary import Source, main_arm, opened, recipe_of, summarise
 from jobs.upload import Item, item, summed, to_folder, to_hub
 from schemas.errors import WinnowError
 from storage.commit import Part
+from storage.content import content_of
 from storage.layout import MARKER
 from storage.snapshot import numbers, told
 
@@ -169,6 +170,9 @@ def _model(source: Source, arm: str, round: int) -> list[Item]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise WinnowError(f"{folder}: is missing; run 'winnow train' again, or restore it from a copy")
+    rows = source.rows("SELECT revision FROM models WHERE model = $model", model=name)  # an older Winnow listed none
+    if rows and content_of(folder) not in {row["revision"] for row in rows}:
+        raise WinnowError(f"{name}: is not as it was trained; 'winnow verify' names the cure")
     return [item(path.relative_to(folder).as_posix(), path) for path in files]
 
 

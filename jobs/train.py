@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
@@ -23,7 +23,10 @@ from jobs.training.buckets import Buckets
 from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
-from storage.commit import commit_folder
+from schemas.tables import TABLES, fingerprint
+from storage.commit import commit, commit_folder
+from storage.content import content_of, sha256_of
+from storage.layout import part_path
 from storage.places import parts_of, rows_at
 from storage.snapshot import Spent, latest, seal
 
@@ -115,9 +118,11 @@ def trained_model(run: Run) -> str:
     """The folder of the model that this round trained (the base's name in round 0)."""
     if run.round == 0 or run.recipe.train.method == "none":
         return run.start_model()
-    folder = run.store / _name(run)
+    name = _name(run)
+    folder = run.store / name
     if not folder.exists():
         raise WinnowError(f"{folder}: round {run.round} of {run.arm!r} is not trained; run 'winnow train' first")
+    _sealed(run, name)
     return str(folder)
 
 
@@ -131,9 +136,8 @@ def examples(run: Run) -> Iterator[Example]:
     for path, sha in shards_of(run):
         if not path.exists():
             raise WinnowError(f"{path}: the shard is missing; remove its folder and run 'winnow export' again")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha:
-                raise WinnowError(f"{path}: the shard is not as exported; remove its folder and export again")
+        if sha256_of(path) != sha:
+            raise WinnowError(f"{path}: the shard is not as exported; remove its folder and export again")
         with pq.ParquetFile(path) as shard:
             for batch in shard.iter_batches(AT_ONCE, columns=["sample_id", "text", "weight", "image"]):
                 for row in batch.to_pylist():
@@ -157,6 +161,8 @@ def train(run: Run) -> None:
     if (run.store / name).exists():
         if run.recipe.train.watch:
             say(f"{name}: is trained already, and train.watch looks at models while they train")
+        if not _sealed(run, name):  # a run was killed between the two
+            _seal(run, name)
         _clear(progress)
         return
     began = time.perf_counter()
@@ -196,10 +202,31 @@ def train(run: Run) -> None:
                 now.copy_(start - settings.neon * (now - start))
     if group.is_main_process:
         commit_folder(run.store, name, save)
-        spent = Spent("train", run.arm, run.round, round(time.perf_counter() - began, 3))
-        seal(run.store, "train", [], run.recipe.model_dump(mode="json"), spent)
+        _seal(run, name, Spent("train", run.arm, run.round, round(time.perf_counter() - began, 3)))
         _clear(progress)
     group.wait_for_everyone()
+
+
+def _seal(run: Run, name: str, spent: Spent | None = None) -> None:
+    """Seal what the model's folder holds. One that was trained again, after it was lost, may differ in its last bits
+    and is sealed besides."""
+    folder, schema = run.store / name, TABLES["models"].schema
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    row = {"arm": run.arm, "round": run.round, "model": name, "revision": content_of(folder), "bytes": size}
+    spec = digest([name, row["revision"], fingerprint(schema)])
+    path = part_path("models", {"round": run.round, "model": Path(name).name}, "00000", spec)
+    part = commit(run.store, "models", path, pa.Table.from_pylist([row], schema=schema))
+    seal(run.store, "train", [part], run.recipe.model_dump(mode="json"), spent)
+
+
+def _sealed(run: Run, name: str) -> bool:
+    """Whether a model of the store is sealed; WinnowError where it is not as it was then."""
+    rows = run.query("SELECT revision FROM models WHERE model = $model", model=name)
+    if rows.num_rows and models.revision(str(run.store / name)) not in rows["revision"].to_pylist():
+        raise WinnowError(
+            f"{name}: is not as it was trained; restore it from a copy, or remove it and run 'winnow train' again"
+        )
+    return bool(rows.num_rows)
 
 
 def _turned(pipe: Any) -> list[torch.nn.Parameter]:
@@ -274,12 +301,15 @@ def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
     from jobs import lora
 
     settings = run.recipe.train
-    base, adapter = models.layers(run.start_model())
+    start = run.start_model()
+    if Path(start).is_relative_to(run.store):
+        _sealed(run, Path(start).relative_to(run.store).as_posix())
+    base, adapter = models.layers(start)
     if settings.method == "full":
         if adapter:
             raise WinnowError(f"train.method 'full' cannot go on from the LoRA {adapter}; set train.method to 'lora'")
         # In float32 whatever it samples in: the small steps of training are lost in bfloat16.
-        pipe = models.load(run.start_model(), torch.float32)
+        pipe = models.load(start, torch.float32)
         return pipe, partial(_save, pipe)
     if adapter and settings.neon:
         raise WinnowError("train.neon cannot turn round a LoRA that goes on from another; set it to null")

@@ -20,6 +20,7 @@ from typing import Any
 from jobs.hub import endpoint, refusals
 from jobs.progress import bar
 from schemas.errors import WinnowError
+from storage.content import sha256_of
 from storage.durable import storage_errors
 
 SUMS = "SHA256SUMS"  # as ``sha256sum --check`` reads it
@@ -47,10 +48,7 @@ def item(path: str, content: bytes | Path, sha256: str | None = None) -> Item:
         return Item(path, content, len(content), hashlib.sha256(content).hexdigest())
     if not content.is_file():
         raise WinnowError(f"{content}: is missing; 'winnow verify' names the cure")
-    if sha256 is None:
-        with open(content, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Item(path, content, content.stat().st_size, sha256)
+    return Item(path, content, content.stat().st_size, sha256 or sha256_of(content))
 
 
 def summed(items: Sequence[Item]) -> list[Item]:
@@ -72,8 +70,7 @@ def to_folder(items: Sequence[Item], folder: Path) -> None:
                 shutil.copyfile(one.content, place)
             else:
                 place.write_bytes(one.content)
-            with open(place, "rb") as file:
-                _check(one, hashlib.file_digest(file, "sha256").hexdigest())
+            _check(one, sha256_of(place))
             advance()
 
 

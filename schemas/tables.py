@@ -133,6 +133,10 @@ TABLES: dict[str, Table] = {
             columns="selection:string round:int32 format:string path:string rows:int64 bytes:int64 sha256:string",
         ),
         _table(
+            "models", key="model revision", finite="",
+            columns="arm:string round:int32 model:string revision:string bytes:int64",
+        ),
+        _table(
             "answers", key="text_id revision", finite="",
             columns="text_id:int64 task:string text:string model:string revision:string clarity:int32? "
             "specificity:int32? reply:string? problem:string?",

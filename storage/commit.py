@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from schemas.errors import WinnowError
 from schemas.tables import IMAGE, fingerprint
 from storage.conform import conform
+from storage.content import sha256_of
 from storage.durable import publish, staged, storage_errors, sync, sync_folders, sync_tree
 
 GROUP_BYTES = 64 * 2**20  # uncompressed bytes in a row group, at most about
@@ -47,8 +48,7 @@ def find(root: str | Path, path: str, sealed: Mapping[str, Part] | None = None) 
     if known and final.stat().st_size == known.bytes:
         return known
     try:
-        with open(final, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(final)
         with pq.ParquetFile(final) as parquet:
             rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
     except (pa.ArrowInvalid, OSError) as error:

@@ -1,12 +1,13 @@
 """Verify: is everything that was sealed still there, bit by bit?"""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from schemas.errors import WinnowError
 from storage.commit import Part, find
+from storage.content import content_of, sha256_of
 from storage.layout import check
 from storage.query import arrow
 from storage.snapshot import load, numbers
@@ -28,7 +29,8 @@ class Report:
 
 
 def verify(root: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Read every part of every snapshot, and the shards that the newest lists, and compare them with what was sealed.
+    """Read every part of every snapshot, and the shards and models that the newest lists, and compare them with what
+    was sealed.
 
     `progress(done, total)` is called after each part. Reads the whole store: about the disk's speed.
     """
@@ -54,9 +56,10 @@ def verify(root: str | Path, progress: Callable[[int, int], None] = lambda done,
                 "away and run its stage again"
             )
         progress(done, len(sealed))
-    problems += _shards(home)
-    total = sum(part.bytes for part, _ in sealed.values())
-    return Report(tuple(problems), tuple(_notes(home, {path for path, _ in sealed})), len(sealed), total)
+    changed, gone = _models(home)
+    problems += [*_shards(home), *changed]
+    notes = [*gone, *_notes(home, {path for path, _ in sealed})]
+    return Report(tuple(problems), tuple(notes), len(sealed), sum(part.bytes for part, _ in sealed.values()))
 
 
 def _wrong(root: Path, sealed: Part) -> str:
@@ -76,23 +79,40 @@ def _wrong(root: Path, sealed: Part) -> str:
     return ""
 
 
-def _shards(root: Path) -> list[str]:
-    """Training shards that are not as their sealed manifest lists them."""
+def _sealed(root: Path, sql: str) -> list[dict[str, Any]]:
     try:
-        listed = arrow(root, "SELECT path, sha256 FROM shards ORDER BY path").to_pylist()
+        return arrow(root, sql).to_pylist()
     except WinnowError:  # a part that cannot be read was named already
         return []
+
+
+def _shards(root: Path) -> list[str]:
+    """Training shards that are not as their sealed manifest lists them."""
     problems = []
-    for path, sha256 in (row.values() for row in listed):
-        cure = "remove its folder and run 'winnow export' again"
-        if not (root / path).exists():
-            problems.append(f"{path}: missing; {cure}")
-            continue
-        with open(root / path, "rb") as file:
-            came = hashlib.file_digest(file, "sha256").hexdigest()
-        if came != sha256:
-            problems.append(f"{path}: sha256 is {came}, should be {sha256}; {cure}")
+    for row in _sealed(root, "SELECT path, sha256 FROM shards ORDER BY path"):
+        file, cure = root / row["path"], "remove its folder and run 'winnow export' again"
+        if not file.exists():
+            problems.append(f"{row['path']}: missing; {cure}")
+        elif (came := sha256_of(file)) != row["sha256"]:
+            problems.append(f"{row['path']}: sha256 is {came}, should be {row['sha256']}; {cure}")
     return problems
+
+
+def _models(root: Path) -> tuple[list[str], list[str]]:
+    """Trained models that were changed, and those that are gone as a whole, which a store can do without."""
+    revisions: dict[str, list[str]] = {}
+    for row in _sealed(root, "SELECT model, revision FROM models ORDER BY ALL"):
+        revisions.setdefault(row["model"], []).append(row["revision"])
+    changed, gone = [], []
+    for model, should in revisions.items():
+        if not (root / model).exists():
+            gone.append(f"{model}: not here; what was made with it is, and 'winnow train' makes it again")
+        elif (came := content_of(root / model)) not in should:
+            changed.append(
+                f"{model}: revision is {came}, should be {' or '.join(should)}; restore it from a copy, or remove it "
+                "and run 'winnow train' again"
+            )
+    return changed, gone
 
 
 def _notes(root: Path, sealed: set[str]) -> list[str]:

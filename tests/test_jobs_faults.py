@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ForkServer, World, files, rows, sets
 
+from jobs.digest import digest
+from jobs.models import revision
 from storage.snapshot import latest
 from storage.verify import verify
 
@@ -497,6 +500,47 @@ def test_a_changed_shard_is_not_trained_on(winnow: Winnow, copy: Path) -> None:
     shutil.rmtree(shard.parent)
     assert winnow("export", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options).status == 0
     assert winnow("train", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options).status == 0
+
+
+def test_a_changed_model_is_not_gone_on_with(winnow: Winnow, copy: Path, tmp_path: Path) -> None:
+    """A flipped bit of a trained weight makes images, only others."""
+    words = ["--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({})]
+    publishing = ["publish", "--what", "model", "--to", "me/it", "--store", copy, "--round", 1, "--unanswered"]
+    weights = next((copy / "models").glob("curated-*/unet/*.safetensors"))
+    model = weights.parents[1].relative_to(copy).as_posix()
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = winnow("verify", "--store", copy)
+    assert said.status == 2 and f"wrong: {model}: revision is" in said.out and "1 wrong" in said.out
+    for verb in ("train", "evaluate"):
+        assert f"{model}: is not as it was trained; restore it" in winnow(verb, *words).line
+    assert "is not as it was trained; 'winnow verify'" in winnow(*publishing, "--dry-run", tmp_path / "out").line
+    assert not (tmp_path / "out").exists()
+    # The cure that it names; and a store can do without a model.
+    shutil.rmtree(copy / model)
+    digest.cache_clear()  # as in another process
+    said = winnow("verify", "--store", copy)
+    assert said.status == 0 and f"{model}: not here" in said.out
+    assert winnow("train", *words).status == 0 and weights.read_bytes() == data
+    assert winnow("verify", "--store", copy).status == 0
+    assert winnow(*publishing, "--dry-run", tmp_path / "out").status == 0
+
+
+def test_a_model_that_a_killed_run_left_is_sealed_by_the_next(winnow: Winnow, copy: Path) -> None:
+    for part in (copy / "tables" / "models").rglob("*.parquet"):
+        part.unlink()
+    for number in (copy / "snapshots").glob("*.json"):
+        body = json.loads(number.read_text())
+        body.pop("sha256")
+        body["parts"] = [part for part in body["parts"] if part["table"] != "models"]
+        number.write_text(json.dumps({"sha256": sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(), **body}))
+    assert winnow("verify", "--store", copy).status == 0
+    assert not rows(copy, "SELECT * FROM models")
+    winnow("train", "--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({}))
+    [row] = rows(copy, "SELECT arm, round, model, revision, bytes FROM models")
+    held = [path for path in (copy / row["model"]).rglob("*") if path.is_file()]
+    assert (row["arm"], row["round"], row["bytes"]) == ("curated", 1, sum(path.stat().st_size for path in held))
+    assert revision(str(copy / row["model"])) == row["revision"]
 
 
 def options(changes: dict[str, Any]) -> list[str]:

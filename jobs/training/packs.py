@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from jobs.progress import say
+from storage.content import sha256_of
 from storage.durable import publish, staged, storage_errors, sync_folders
 
 PACK_BYTES = 64 * 2**20
@@ -116,7 +117,7 @@ class Packs:
         path = self.root / relative
         with storage_errors(self.root, path), staged(self.root, relative) as draft:
             draft.write_bytes(data)
-            if not publish(self.root, draft, relative) and _sha256(path) != name:
+            if not publish(self.root, draft, relative) and sha256_of(path) != name:
                 _say_damaged(path, CHANGED)
                 os.replace(draft, path)
                 sync_folders(self.root, path)
@@ -171,7 +172,7 @@ class Packs:
         path = self.paths[number]
         with storage_errors(self.root, path):
             try:
-                if _sha256(path) == path.stem:
+                if sha256_of(path) == path.stem:
                     self.tensors[number] = _mapped(path)
                     return True
             except FileNotFoundError:  # another process has found it damaged
@@ -196,11 +197,6 @@ def _strings(keys: bytes) -> np.ndarray:
 
 def _places(number: int, n: int) -> np.ndarray:
     return np.stack([np.full(n, number, np.int32), np.arange(n, dtype=np.int32)], axis=1)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
