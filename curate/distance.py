@@ -20,8 +20,7 @@ output stays below 1 GiB for any N, M and D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,7 +29,7 @@ from curate import rows
 from curate.arrays import TILE_BYTES, TOO_LARGE, Float64s, Floats, Ints, keys, matrix, tiles
 from curate.mahalanobis import mahalanobis
 from curate.neighbours import HELD, RECALL, Reference, prepare, search
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, about
 
 METRICS = ("l2", "mse", "cosine")
 ROWS = 4096  # the most of either side at once, so that their products stay small
@@ -72,7 +71,7 @@ def matched(
     for name, mine, theirs in zip(names, _members(own, names), _members(others, names), strict=True):
         if not len(theirs):
             raise WinnowError(f"group {name} has no row in the reference: sample the base for it, or match the whole")
-        with _named(name):
+        with about(f"group {name}"):
             result[mine] = distance(x[mine], ref[theirs], kind, metric, k)
     return result
 
@@ -86,7 +85,7 @@ def self_matched(
     names = np.unique(own)
     result = np.empty(len(ref))
     for name, mine in zip(names, _members(own, names), strict=True):
-        with _named(name):
+        with about(f"group {name}"):
             result[mine] = self_distance(ref[mine], kind, metric, k)
     return result
 
@@ -223,14 +222,6 @@ def _members(groups: np.ndarray, names: np.ndarray) -> list[Ints]:
     order = np.argsort(groups, kind="stable")
     start, stop = (np.searchsorted(groups, names, side, sorter=order) for side in ("left", "right"))
     return [order[a:b] for a, b in zip(start, stop, strict=True)]
-
-
-@contextmanager
-def _named(group: object) -> Iterator[None]:
-    try:
-        yield
-    except WinnowError as error:
-        raise WinnowError(f"group {group}: {error}") from None
 
 
 def _neighbours(k: int, rows: int) -> int:

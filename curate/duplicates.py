@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from curate.arrays import Float64s, Ints, matrix
+from curate.rows import exact, lengths
 from schemas.errors import WinnowError
 
 Shingles = NDArray[np.uint64]
@@ -33,6 +34,7 @@ def by_vector(features: ArrayLike, threshold: float, order: ArrayLike | None = N
     """
     x = matrix("features", features)
     _share("threshold", threshold)
+    length = lengths(x, "drop that sample")
     least = threshold - 1e-6  # equal rows come to 1 only within float32
     order = np.arange(len(x)) if order is None else np.asarray(order)
     twin = np.full(len(x), -1, dtype=np.int64)
@@ -40,7 +42,7 @@ def by_vector(features: ArrayLike, threshold: float, order: ArrayLike | None = N
     index, kept = faiss.IndexFlatIP(x.shape[1]), np.empty(0, dtype=np.int64)
     for start in range(0, len(order), BLOCK):
         rows = order[start : start + BLOCK]
-        block = _unit(x[rows])
+        block = exact(x[rows], length[rows]).astype(np.float32)
         if index.ntotal:
             near, place = index.search(block, 1)
             best, place = near[:, 0], place[:, 0]
@@ -140,14 +142,6 @@ def _shingles(text: str) -> Shingles:
     runs = np.sort(np.concatenate([word, pair, triple]))
     again = np.arange(len(runs)) - np.searchsorted(runs, runs)
     return np.unique(runs + again.astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not (norms > 0).all():
-        raise WinnowError("a feature row is all zeros, so it has no direction: drop that sample")
-    return np.ascontiguousarray(rows / norms, dtype=np.float32)
 
 
 def _share(name: str, value: float) -> None:

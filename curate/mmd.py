@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from curate.arrays import Float64s, Floats, matrix, pair_tiles, tiles
 from curate.drift import Interval, mean_within
+from curate.rows import exact, lengths
 from schemas.errors import WinnowError
 
 #: From scalar products to the kernel's values; it may overwrite what it is given.
@@ -44,7 +45,7 @@ def cmmd(a: ArrayLike, b: ArrayLike, strata: ArrayLike | None = None) -> Interva
     """CMMD of CLIP features a [N, D] and b [M, D]: 1000 x squared MMD under a Gaussian kernel of sigma 10
     on unit vectors (arXiv 2401.09603, eq. 4), with the diagonal, as published figures have it. At least 0.
     Its interval is as that of `kid`."""
-    x, y = (_unit(side) for side in _two(a, b))
+    x, y = (exact(side, lengths(side, "drop that sample")) for side in _two(a, b))
 
     def excess(dots: Float64s) -> Float64s:
         # exp(-|x - y|^2 / 200) - 1: the three ones cancel, so they are left out before they cost digits
@@ -68,13 +69,6 @@ def _interval(own: Float64s, cross: Float64s, other: Float64s, strata: ArrayLike
 def _two(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     x = matrix("features a", a)
     return x, matrix("features b", b, columns=x.shape[1])
-
-
-def _unit(x: Floats) -> Float64s:
-    norms = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    if not (norms > 0).all():
-        raise WinnowError("a feature row is all zeros, so it has no direction: drop that sample")
-    return x / norms
 
 
 def _kernel_means(x: Floats, y: Floats, kernel: Kernel) -> Float64s:

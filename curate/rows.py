@@ -8,15 +8,15 @@ from curate.arrays import Float64s, Floats, tiles
 from schemas.errors import WinnowError
 
 
-def lengths(x: Floats) -> Float64s:
-    """L2 norm of each row of x [N, D]: [N], above 0; WinnowError where a row is all zeros."""
+def lengths(x: Floats, cure: str = "drop it or use metric 'l2'") -> Float64s:
+    """L2 norm of each row of x [N, D]: [N], above 0; WinnowError where a row is all zeros, with its cure."""
     result = np.empty(len(x))
     for tile in tiles(len(x), 24 * x.shape[1]):
         rows = x[tile].astype(np.float64)
         peaks = np.abs(rows).max(axis=1)
         if not (peaks > 0).all():
             bad = tile.start + int(np.argmin(peaks > 0))
-            raise WinnowError(f"row {bad} is all zeros, so it has no direction: drop it or use metric 'l2'")
+            raise WinnowError(f"row {bad} is all zeros, so it has no direction: {cure}")
         rows /= peaks[:, None]  # so that neither tiny nor huge rows leave the range of a square
         result[tile] = peaks * np.sqrt(np.vecdot(rows, rows))
     return result

@@ -49,6 +49,8 @@ def _why(error: Exception) -> str:
         return f"holds more than tensors ({found[1]}), which may run code; take a file of tensors alone, or safetensors"
     _, _, met = text.partition("WeightsUnpickler error: ")
     met = met.partition(" Check the documentation")[0] or text
+    if isinstance(error, KeyError):  # torch looks for what a byte of a text would stand for
+        met = "no checkpoint"
     return f"cannot be read ({met[:120] or type(error).__name__}); get it again"
 
 

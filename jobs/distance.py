@@ -15,7 +15,7 @@ from jobs.embed import embedded, vectors_of
 from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.stage import Work, complete, units
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, about
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.snapshot import latest
@@ -67,11 +67,9 @@ def distance(run: Run, split: str = "train") -> None:
 
 def _work(run: Run, split: str, settings: Distance) -> Work:
     def work(rows: pa.Table) -> pa.Table:
-        try:
+        named = f"{settings.reference}, {settings.name} in {settings.space!r}"
+        with about(f"distance of round {run.round} of {run.arm!r} to {named}"):
             values = _own(run, settings) if split == "reference" else _far(run, split, settings, ids(rows))
-        except WinnowError as error:
-            named = f"{settings.reference}, {settings.name} in {settings.space!r}"
-            raise WinnowError(f"distance of round {run.round} of {run.arm!r} to {named}: {error}") from error
         n = rows.num_rows
         columns = {
             "sample_id": rows["sample_id"],

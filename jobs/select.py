@@ -23,7 +23,7 @@ from jobs.refine import not_accepted
 from jobs.run import Run, ids
 from jobs.score import scores_of
 from jobs.stage import Work, complete, units
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, about
 from schemas.settings import Settings
 from schemas.tables import TABLES
 from storage.views import identifier
@@ -226,10 +226,8 @@ def _own(name: str) -> Callable[..., Decision]:
         given = guarded("policy", name, policy)(scores, *others)
         if not isinstance(given, Decision):
             raise WinnowError(f"policy {name!r}: gave a {type(given).__name__}; it must return a Decision")
-        try:
+        with about(f"policy {name!r}"):
             return whole(given, len(scores))
-        except WinnowError as error:
-            raise WinnowError(f"policy {name!r}: {error}") from error
 
     return decided
 

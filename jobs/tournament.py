@@ -19,7 +19,7 @@ from jobs.run import Run
 from jobs.score import scores_of
 from jobs.select import decide, needed, picked
 from jobs.weigh import scale_of
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, about
 from schemas.settings import Settings
 
 OWN = "recipe"  # the policy of the recipe itself
@@ -81,12 +81,10 @@ def _decided(run: Run, name: str, changes: dict[str, Any], rows: pa.Table) -> np
     """Which candidates [N] the policy of this name keeps, with its changes to ``select``."""
     from jobs.recipe import override  # which holds these settings itself
 
-    try:
+    with about(f"policy {name!r}"):
         other = replace(run, recipe=override(run.recipe, [(["select", key], value) for key, value in changes.items()]))
         settings = other.recipe.select
         return decide(other, settings, needed(other), rows, picked(other, settings.picks)).kept
-    except WinnowError as error:
-        raise WinnowError(f"policy {name!r}: {error}") from error
 
 
 def _measures(run: Run, rows: pa.Table) -> dict[str, Any]:

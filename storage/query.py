@@ -48,13 +48,9 @@ def connect(
     home = check(root)
     config = memory, threads, str(home / "staging" / "spill")
     try:
-        connection = _with_views(_engine(*config).cursor(), home, snapshot, sql)
-    except duckdb.Error:  # one query's internal error ends the engine for all
-        _engine.cache_clear()
-        try:
-            connection = _with_views(_engine(*config).cursor(), home, snapshot, sql)
-        except duckdb.Error as error:
-            raise _unreadable(home, error) from error
+        connection = _opened(home, snapshot, sql, *config)
+    except duckdb.Error as error:
+        raise _unreadable(home, error) from error
     with connection:
         try:
             yield connection
@@ -76,6 +72,17 @@ def _engine(memory: str, threads: int, spill: str) -> duckdb.DuckDBPyConnection:
     are temporary, and seen by no other; files are read anew every time."""
     config = {"memory_limit": memory, "threads": threads, "temp_directory": spill, "enable_external_file_cache": False}
     return duckdb.connect(config=config | _OURS)
+
+
+def _opened(
+    home: Path, snapshot: Snapshot | int | None, sql: str | None, *config: Any
+) -> duckdb.DuckDBPyConnection:  # fmt: skip
+    """``_with_views``, with a new engine where this one fails: one query's internal error ends it for all."""
+    try:
+        return _with_views(_engine(*config).cursor(), home, snapshot, sql)
+    except duckdb.Error:
+        _engine.cache_clear()
+        return _with_views(_engine(*config).cursor(), home, snapshot, sql)
 
 
 def _with_views(

@@ -110,9 +110,9 @@ def test_what_is_no_dict_of_tensors_is_refused(
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path, winnow: Callable[..., Any]) -> None:
     target = tmp_path / "a.safetensors"
     assert "no such file; give a checkpoint" in winnow("convert", tmp_path / "a.pt", target).line
-    for content in (b"", b"no checkpoint", b"PK\x03\x04 and no more"):
+    for content, why in ((b"", ""), (b"hello", "no checkpoint"), (b"PK\x03\x04 and no more", "")):
         (tmp_path / "a.pt").write_bytes(content)
-        assert "a.pt cannot be read" in winnow("convert", tmp_path / "a.pt", target).line
+        assert f"a.pt cannot be read ({why}" in winnow("convert", tmp_path / "a.pt", target).line
     torch.save(checkpoint(), tmp_path / "a.pt")
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
