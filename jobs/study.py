@@ -56,14 +56,14 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -
     for outcome in outcomes:
         outcome["model"] = Path(outcome["model"]).name
     table = summarise(all_rows)
-    how = _told(recipes.override(recipes.load("embedded"), list(settings)))
-    found = {"seeds": seeds, "rounds": rounds, "settings": how, "machine": machine(), "outcomes": outcomes,
+    recipe = recipes.override(recipes.load("embedded"), list(settings))
+    found = {"seeds": seeds, "rounds": rounds, "settings": _told(recipe), "machine": machine(), "outcomes": outcomes,
              "table": table}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "study.md").write_text(page(found))
     for metric in METRICS:
-        (out / f"study-{metric}.svg").write_bytes(picture(table, metric))
+        (out / f"study-{metric}.svg").write_bytes(picture(table, metric, recipe))
     return out / "study.md"
 
 
@@ -87,15 +87,16 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def picture(table: list[dict[str, Any]], metric: str, arms: Sequence[str] = ()) -> bytes:
-    """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds."""
+def picture(table: list[dict[str, Any]], metric: str, recipe: Recipe, arms: Sequence[str] = ()) -> bytes:
+    """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds, and what real
+    images measure that are judged as this recipe says."""
     lines = []
     for arm in arms or sorted({row["arm"] for row in table}):
         rows = [row for row in table if row["arm"] == arm and row["metric"] == metric]
         values, halves = [row["mean"] for row in rows], [row["se"] or 0.0 for row in rows]
         if rows:  # an arm may not be played yet
             lines.append(Line(arm, [row["round"] for row in rows], values, halves))
-    ceiling = real_figures(recipes.load("embedded")).get(metric)
+    ceiling = real_figures(recipe).get(metric)
     uri = curve(name_of(metric), "mean over the seeds ± standard error", lines, ceiling)
     return base64.b64decode(uri.partition(",")[2])
 
@@ -236,8 +237,10 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
             machines.add(found["machine"])
             rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= study.rounds]
     table, bases = summarise(rows), _bases(study, settings)
+    arms = list(study.arms)
     for metric in METRICS:
-        (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, list(study.arms)))
+        drawn = picture(table, metric, arm_of(study, arms[0], 0, settings), arms)
+        (out / f"study-{name}-{metric}.svg").write_bytes(drawn)
     smaller = ", made smaller" if study.common else ""
     lines = [
         f"# Study: {study.question[0].lower()}{study.question[1:]}", "",
@@ -270,7 +273,9 @@ def _by_round(study: Study, table: list[dict[str, Any]], seeds: int, bases: dict
         figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
         what = arm if number else "the base" if bases[arm] == bases[first] else f"the base of {arm!r}"
         lines.append(f"| {what} | {number} | {' | '.join(figures)} |")
-    return lines
+    real = real_figures(arm_of(study, first, 0))
+    figures = [_cell({"mean": real[m], "se": None, "values": [real[m]]}, 1) if m in real else "" for m in METRICS]
+    return [*lines, f"| real scenes | | {' | '.join(figures)} |"]
 
 
 def _apart(study: Study, rows: list[dict[str, Any]], seeds: int, bases: dict[str, Path]) -> list[str]:

@@ -23,6 +23,7 @@ from jobs.metrics import HEADLINES, Figure, judgement, name_of, noise, shown
 from jobs.recipe import Recipe
 from jobs.run import BASE, Run
 from jobs.world import WEIGHTS
+from jobs.world.scenes import all_captions
 from schemas.errors import WinnowError
 from storage.layout import check, clean
 from storage.query import connect
@@ -181,13 +182,20 @@ def _alarms(source: Source, recipe: Recipe, arm: str, newest: int) -> list[str]:
 
 
 def real_figures(recipe: Recipe | None) -> dict[str, float]:
-    """What real scenes of the embedded world measure with the same judge."""
+    """What real scenes of the embedded world measure with the same judge; ``fd_real``, where it is known for as many
+    of as many prompts."""
     card = WEIGHTS / "card.json"
     if recipe is None or recipe.model != "embedded" or not card.is_file():
         return {}
-    real = json.loads(card.read_text(encoding="utf-8")).get("parts", {}).get("real", {})
-    same = {"judge_accuracy": recipe.evaluate.judge, "diversity": recipe.evaluate.space}
-    return {metric: real[metric] for metric, by in same.items() if by == "scene-judge" and metric in real}
+    parts, measured = json.loads(card.read_text(encoding="utf-8")).get("parts", {}), recipe.evaluate
+    real, same = parts.get("real", {}), {"judge_accuracy": measured.judge, "diversity": measured.space}
+    found = {metric: real[metric] for metric, by in same.items() if by == "scene-judge" and metric in real}
+    prompts = measured.prompts or round(recipe.prompts.held_out * len(all_captions()))
+    if (measured.space, measured.real, recipe.prompts.source) == ("scene-judge", "embedded", "embedded"):
+        for least in parts.get("scenes", {}).get("least", ()):
+            if (least["prompts"], least["images_per_prompt"]) == (prompts, measured.images_per_prompt):
+                found["fd_real"] = least["fd_real"]
+    return found
 
 
 def _round(arm: dict[str, Any], number: int | None) -> dict[str, Figure]:
@@ -266,7 +274,9 @@ def _story(summary: dict[str, Any]) -> Iterator[str]:
         yield from _arm_story(name, arm, summary)
     if "judge_accuracy" in summary["real"]:
         real = shown("judge_accuracy", summary["real"]["judge_accuracy"])
-        yield f"The ceiling: the judge passes {real} of real scenes."
+        least = summary["real"].get("fd_real")
+        near = "" if least is None else f", and as many of them are at {shown('fd_real', least)} from the others"
+        yield f"The ceiling: the judge passes {real} of real scenes{near}."
 
 
 def _arm_story(name: str, arm: dict[str, Any], summary: dict[str, Any]) -> Iterator[str]:

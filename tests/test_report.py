@@ -19,6 +19,7 @@ from PIL import Image
 from jobs import recipe as recipes
 from jobs import summary as summaries
 from jobs.plots import Line, curve
+from jobs.recipe import Recipe
 from jobs.report import renew, report, thinned
 from jobs.run import Run
 from jobs.votes import cast, strengths
@@ -346,7 +347,22 @@ def test_ceiling_of_real_scenes(whole: Path, tmp_path: Path, monkeypatch: pytest
     with summaries.opened(whole) as source:
         summary = summaries.summarise(source)
     assert summary["real"] == {"judge_accuracy": 0.97, "diversity": 61.5}
-    assert "97.0 % of real scenes" in story(summary)
+    assert "97.0 % of real scenes." in story(summary)
+
+
+def test_the_distance_of_real_scenes_is_that_of_as_many() -> None:
+    """What nothing can come below, since of few images the distance is above 0."""
+    recipe = recipes.load("embedded")
+    real = summaries.real_figures(recipe)
+    assert 10 < real["fd_real"] < summaries.real_figures(recipes.load("embedded-fast"))["fd_real"]
+    others: dict[str, Any] = {
+        "images_per_prompt": {"evaluate": {"images_per_prompt": 57}}, "real": {"evaluate": {"real": "mine.parquet"}},
+        "prompts": {"prompts": {"held_out": 0.5}}, "space": {"evaluate": {"space": "scene-clip", "judge": None}},
+        "source": {"prompts": {"source": "mine.txt"}},
+    }  # fmt: skip
+    for changes in others.values():
+        other = Recipe.model_validate(recipes.merge(recipe.model_dump(), changes))
+        assert "fd_real" not in summaries.real_figures(other)
 
 
 STAGES = ["nothing", "prompts", "reference", "measured", "closed", "one arm", "naive only", "unscored", "half a round"]
