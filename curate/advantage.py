@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from curate import groups as grouped
 from curate.arrays import Float64s, vector
+from curate.weigh import FLOOR, LEAST
 from schemas.errors import WinnowError
 
 
@@ -29,11 +30,19 @@ def advantages(scores: ArrayLike, groups: ArrayLike) -> Float64s:
 def weights(advantage: ArrayLike, temperature: float = 1.0, most: float = 20.0) -> Float64s:
     """w = min(exp(advantage / temperature), most): [N] -> [N] above 0; 1 for a sample that is as good as its peers.
 
-    A small temperature trains on the best alone, a large one on all alike.
+    A small temperature trains on the best alone, a large one on all alike. WinnowError when every weight vanishes.
     """
     a = vector("advantages", advantage)
     if not (math.isfinite(temperature) and temperature > 0):
         raise WinnowError(f"temperature is {temperature}: give a number above 0")
     if not (math.isfinite(most) and most >= 1):
         raise WinnowError(f"the largest weight is {most}: give 1 or more")
-    return np.minimum(np.exp(np.minimum(a / temperature, math.log(most))), most)
+    with np.errstate(over="ignore"):  # of a tiny temperature: the best count most, the others nothing
+        power = a / temperature
+    w = np.where(power >= math.log(most), most, np.exp(np.minimum(power, math.log(most))))
+    if w.max() < LEAST:
+        raise WinnowError(
+            f"every weight is below {LEAST:g}: advantages run from {a.min():.4g} to {a.max():.4g}, temperature is "
+            f"{temperature:.4g}; give a larger temperature"
+        )
+    return np.maximum(w, FLOOR)

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.cluster import kmeans_plusplus
 
-from curate.arrays import Floats, Ints, matrix
+from curate.arrays import TOO_LARGE, Floats, Ints, matrix
+from curate.neighbours import LARGEST
 from schemas.errors import WinnowError
 
 SPREAD = 10_000_000  # rows times centres up to which k-means begins from spread centres
@@ -50,7 +51,12 @@ def representatives(features: ArrayLike, k: int, seed: int = 0) -> tuple[Ints, I
 
 def _centred(x: Floats) -> Floats:
     # faiss multiplies ||x - c||^2 out in float32, which cancels far from the origin.
-    return np.ascontiguousarray(x - x.mean(axis=0, dtype=np.float64), dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.ascontiguousarray(x - x.mean(axis=0, dtype=np.float64), dtype=np.float32)
+        longest = np.vecdot(near, near).max()
+    if not longest < LARGEST:  # faiss would end the process
+        raise WinnowError(TOO_LARGE)
+    return near
 
 
 def _train(x: Floats, k: int, seed: int) -> faiss.Kmeans:

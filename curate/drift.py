@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from curate import groups as grouped
 from curate import rows
-from curate.arrays import Float64s, Floats, Ints, matrix, tiles, vector
+from curate.arrays import TOO_LARGE, Float64s, Floats, Ints, matrix, tiles, vector
 from schemas.errors import WinnowError
 
 Z = 1.959963984540054  # standard errors on either side of a 95 % interval
@@ -72,14 +72,18 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
         mean2, cov2, _ = moments(y)
         return frechet(mean1, cov1, mean2, cov2)
     means = rows.mean(x), rows.mean(y)
-    traces = [rows.squared_to(side, mean).sum() / (len(side) - 1) for side, mean in zip((x, y), means, strict=True)]
+    with np.errstate(over="ignore"):
+        traces = [rows.squared_to(side, mean).sum() / (len(side) - 1) for side, mean in zip((x, y), means, strict=True)]
+        apart = np.sum((means[0] - means[1]) ** 2)
+    if not np.isfinite([*traces, apart]).all():
+        raise WinnowError(TOO_LARGE)
     products = np.empty((len(x), len(y)))
     for i in tiles(len(x), 16 * x.shape[1]):
         mine = rows.exact(x[i]) - means[0]
         for j in tiles(len(y), 16 * x.shape[1]):
             products[i, j] = mine @ (rows.exact(y[j]) - means[1]).T
     cross = np.linalg.svd(products, compute_uv=False).sum() / math.sqrt((len(x) - 1) * (len(y) - 1))
-    return max(0.0, float(np.sum((means[0] - means[1]) ** 2) + sum(traces) - 2 * cross))
+    return max(0.0, float(apart + sum(traces) - 2 * cross))
 
 
 def diversity(features: ArrayLike, groups: ArrayLike) -> float:
@@ -92,13 +96,16 @@ def diversity(features: ArrayLike, groups: ArrayLike) -> float:
     order = np.argsort(code, kind="stable")
     starts = np.flatnonzero(np.diff(code[order], prepend=-1))
     variances = []
-    for mates in np.split(order, starts[1:]):
-        if len(mates) > 1:
-            variances.append(float(np.var(x[mates], axis=0, ddof=1, dtype=np.float64).sum()))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for mates in np.split(order, starts[1:]):
+            if len(mates) > 1:
+                variances.append(float(np.var(x[mates], axis=0, ddof=1, dtype=np.float64).sum()))
     if not variances:
         raise WinnowError(
             "no group has two samples: generate 2 or more images per prompt to measure diversity"
         )
+    if not all(map(math.isfinite, variances)):
+        raise WinnowError(TOO_LARGE)
     return math.fsum(variances) / len(variances)
 
 

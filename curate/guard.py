@@ -39,7 +39,7 @@ class Verdict:
 
 def verdict(
     history: Sequence[Measure], *, planned: int, min_rounds: int = 1, patience: int = 1,
-    diversity_floor: float = 0.5,
+    diversity_floor: float = 0.5, higher: str = "",
 ) -> Verdict:  # fmt: skip
     """Judges the newest of the rounds measured so far, the base (round 0) first.
 
@@ -49,13 +49,16 @@ def verdict(
     When round `planned` is reached the loop ends: stop if it is the best, else rollback. Before that, more
     than `patience` poor rounds in a row end it with rollback, though never before round `min_rounds`.
     Everything else is promote. So the loop never ends with a model worse than the best it had.
+
+    `higher`: the name of a measure of which more is better, whose negative is given as the distance.
     """
     _check(history, planned, min_rounds, patience, diversity_floor)
     base, newest = history[0], history[-1]
     least = diversity_floor * base.diversity
     sound = [measure for measure in history if measure.round == 0 or measure.diversity >= least]
     best = min(sound, key=lambda measure: (measure.distance, measure.round))
-    found = f"best is round {best.round} at distance {best.distance:.4g}"
+    told = (lambda one: f"{higher} {-one.distance:.4g}") if higher else (lambda one: f"distance {one.distance:.4g}")
+    found = f"best is round {best.round} at {told(best)}"
     if newest is best:
         if newest.round >= planned:
             return Verdict("stop", best.round, f"all {planned} rounds done; {found}")
@@ -70,7 +73,8 @@ def verdict(
         state = f"diversity {newest.diversity:.4g} of round {newest.round} is below the floor {least:.4g}"
     else:
         near = "beyond" if _farther(newest, best) else "within"
-        state = f"distance {newest.distance:.4g} of round {newest.round} is above the best, {near} noise"
+        side = "below" if higher else "above"
+        state = f"{told(newest)} of round {newest.round} is {side} the best, {near} noise"
     if newest.round >= planned:
         return Verdict("rollback", best.round, f"all {planned} rounds done; {state}; {found}")
     if poor > patience and newest.round >= min_rounds:

@@ -33,7 +33,7 @@ def _round(source: Source, summary: dict[str, Any], text: str) -> Round:
     arm = arm or main_arm(summary) or ""
     known = "SELECT DISTINCT round FROM samples WHERE arm = $arm AND split = 'train' ORDER BY round"
     rounds = [row["round"] for row in source.rows(known, arm=arm)]
-    if not number.isdigit() or int(number) not in rounds:
+    if not number.isdecimal() or int(number) not in rounds:
         have = ", ".join(map(str, rounds)) or "none"
         raise WinnowError(f"round {text!r}: not in {source.store}; {arm or 'it'} has {have}; write 2 or arm:2")
     return arm, int(number)
@@ -86,8 +86,8 @@ def _models(source: Source, one: Round, two: Round) -> Iterator[str]:
 def _kept(source: Source, one: Round, two: Round) -> Iterator[str]:
     found = [
         source.rows(
-            "SELECT count(*) AS n, count_if(kept) AS kept, count(DISTINCT prompt_id) FILTER (WHERE kept) AS prompts, "
-            "avg(weight) FILTER (WHERE kept) AS weight FROM selections JOIN samples USING (sample_id) "
+            "SELECT count(*) AS n, count(*) FILTER (WHERE kept) AS kept, count(DISTINCT prompt_id) FILTER (WHERE kept) "
+            "AS prompts, avg(weight) FILTER (WHERE kept) AS weight FROM selections JOIN samples USING (sample_id) "
             "WHERE selection = $arm AND selections.round = $round",
             arm=arm, round=number,
         )[0]

@@ -166,4 +166,9 @@ def distances_of(run: Run, split: str) -> tuple[np.ndarray, np.ndarray]:
             f"distances: round {run.round} of arm {run.arm!r} has no {split} distances {settings.name!r} in "
             f"{settings.space!r}; run 'winnow distance' first"
         )
+    if found.num_rows != (expected := samples.of(run, split).num_rows):
+        raise WinnowError(
+            f"distances: {found.num_rows} of {expected} {split} samples of round {run.round} have distances "
+            f"{settings.name!r} in {settings.space!r}; run 'winnow distance' first"
+        )
     return found["sample_id"].to_numpy(), found["value"].to_numpy()

@@ -15,6 +15,7 @@ from jobs import devices, hub, models
 from jobs.encoders import encoder
 from jobs.evaluate import real_path, spaces
 from jobs.language.texts import text_encoder
+from jobs.named import yours
 from jobs.plan import plan
 from jobs.recipe import Recipe
 from jobs.scorers import scorer
@@ -44,7 +45,17 @@ def doctor(recipe: Recipe, store: Path, prompts: int | None = None) -> Iterator[
     yield _token()
     yield from _names(recipe)
     yield from _files(recipe)
+    if ":" in recipe.select.policy:
+        yield _policy(recipe.select.policy)
     yield _round(recipe)
+
+
+def _policy(name: str) -> Finding:
+    try:
+        yours("policy", name)
+    except WinnowError as error:
+        return Finding("policy", False, str(error))
+    return Finding("policy", True, f"{name} can be imported")
 
 
 def _round(recipe: Recipe) -> Finding:
@@ -148,6 +159,11 @@ def _names(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(f"{kind} {name}", False, str(error))
 
 
+def _there(key: str, path: str) -> Finding:
+    there = Path(path).expanduser().exists()
+    return Finding(key, there, f"{path} {'is there' if there else 'does not exist; put it there or set another'}")
+
+
 def _files(recipe: Recipe) -> Iterator[Finding]:
     """What is read from disk, and the key of a judge."""
     judge = recipe.prompts.judge
@@ -160,8 +176,10 @@ def _files(recipe: Recipe) -> Iterator[Finding]:
     for key, source in sources.items():
         if source is None or source == "embedded" or source.startswith("hub:"):
             continue
-        there = Path(source).expanduser().exists()
-        yield Finding(key, there, f"{source} {'is there' if there else 'does not exist; put it there or set another'}")
+        yield _there(key, source)
+    picks = recipe.select.picks
+    if picks not in (None, "votes") and "{" not in picks:  # the others are written while the loop runs
+        yield _there("select.picks", picks)
     if recipe.evaluate.real:
         try:
             yield Finding("evaluate.real", True, f"{real_path(recipe.evaluate.real).name} is there")

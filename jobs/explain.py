@@ -56,7 +56,9 @@ def explain(store: Path, sample: int) -> dict[str, Any]:
         ),
         "shards": asked(
             "SELECT DISTINCT regexp_replace(path, '/[^/]*$', '') AS folder FROM shards JOIN selections "
-            "USING (selection, round) WHERE sample_id = $id AND kept AND format = 'parquet' ORDER BY folder"
+            "USING (selection) WHERE sample_id = $id AND kept AND format = 'parquet' AND (shards.round = "
+            "selections.round OR ($later AND shards.round > selections.round)) ORDER BY shards.round, folder",
+            later=run.recipe.export.accumulate,
         ),
     }  # fmt: skip
 
@@ -144,5 +146,5 @@ def words(story: dict[str, Any]) -> str:
         )  # fmt: skip
         lines.append(f"selection {one['selection']}, round {one['round']}: {what}")
     if story["shards"]:
-        lines.append(f"trained on in {story['shards'][0]['folder']}")
+        lines.append(f"trained on in {', '.join(one['folder'] for one in story['shards'])}")
     return "\n".join(lines)

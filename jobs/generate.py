@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jobs.evaluate import Evaluate, Reference
 
 Split = Literal["reference", "train", "eval"]
+SIDE = 2**14  # pixels, at most
 
 
 class Negative(Settings):
@@ -58,8 +59,8 @@ class Generate(Settings):
     guidance: float = Field(7.5, ge=0)
     shift: float | None = Field(None, gt=0)
     negative: Negative | None = None
-    width: int | None = Field(None, ge=8, multiple_of=8)
-    height: int | None = Field(None, ge=8, multiple_of=8)
+    width: int | None = Field(None, ge=8, le=SIDE, multiple_of=8)
+    height: int | None = Field(None, ge=8, le=SIDE, multiple_of=8)
     batch: int = Field(8, ge=1)
     format: Format = "png"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -46,6 +46,8 @@ def history(run: Run) -> list[rule.Measure]:
     )  # fmt: skip
     rows = {(row["round"], row["metric"]): row for row in found.to_pylist()}
     sign = 1.0 if settings.metric.startswith(DISTANCES) else -1.0
+    if settings.metric.startswith("win_rate:"):  # of the base against itself
+        rows[0, settings.metric] = {"value": 0.5, "ci_low": 0.5, "ci_high": 0.5}
     measures = []
     for number in range(run.round + 1):
         deciding, spread = rows.get((number, settings.metric)), rows.get((number, "diversity"))
@@ -88,6 +90,7 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
         verdict = rule.verdict(
             history(run), planned=max(planned, run.round), min_rounds=min(settings.min_rounds, planned),
             patience=settings.patience, diversity_floor=settings.diversity_floor,
+            higher="" if settings.metric.startswith(DISTANCES) else settings.metric,
         )  # fmt: skip
         verdict = replace(verdict, reason="; ".join([verdict.reason, *warnings(run)]))
     else:
@@ -117,7 +120,11 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
     kept = row.to_pylist()[0]
     if kept["verdict"] != "promote" and verdict.verdict == "promote":
         # It ended for no other reason than that no more rounds were planned, and now there are.
-        say(f"round {run.round} of {run.arm}: {kept['verdict']} of {run.round} rounds, going on with {planned}")
+        start = kept["best_round"] if kept["verdict"] == "rollback" else run.round
+        say(
+            f"round {run.round} of {run.arm}: {kept['verdict']} of {run.round} rounds, going on with {planned}, "
+            f"from the model of round {start}"
+        )
         return verdict
     return rule.Verdict(kept["verdict"], kept["best_round"], kept["reason"])
 

@@ -59,7 +59,8 @@ def half_width(figure: Figure) -> float | None:
 
 def better(metric: str, change: float) -> bool | None:
     """Whether a change is for the better; None where neither direction is."""
-    if "_d0" in metric or metric in ("diversity", *LOOKS) or metric.startswith("agreement:") or not change:
+    neither = metric.partition("@")[0] in ("diversity", *LOOKS) or "_d0" in metric or metric.startswith("agreement:")
+    if neither or not change:
         return None
     return change < 0 if metric.startswith(DISTANCES) else change > 0
 

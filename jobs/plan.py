@@ -137,13 +137,15 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     }
     # Shards that accumulate hold the rounds before them again.
     times = rounds * (rounds + 1) / 2 if recipe.export.accumulate else rounds
-    all_kept = recipe.select.budget or min(made.prompts or learned, learned) * recipe.select.keep
+    all_kept = recipe.select.budget or asked * recipe.select.keep
+    if not made.source:  # no more than there are candidates in a round
+        all_kept = min(all_kept, asked * finished + images["refined"] // rounds)
     sizes = PIXEL_BYTES[made.format] * width * height
     weights = 4 * judged * (shape.parameters if trained.method == "full" else trained.rank * shape.adapted)
     rest = _rest(recipe.model)
     disk = {
         "images": sizes * sum(images.values()),
-        "shards": sizes * all_kept * times * len(recipe.export.formats),
+        "shards": sizes * all_kept * times * len(recipe.export.formats) * (1 + recipe.export.reference_share),
         # In float32 and bfloat16, each once in all rounds: see jobs.training.cache.
         "cache": judged * (4 * shape.latent * all_kept + 2 * shape.told * min(learned, all_kept)) * rounds,
         "models": (weights + 4 * rest * (trained.method == "full")) * rounds,

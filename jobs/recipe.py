@@ -29,6 +29,7 @@ from schemas.settings import Settings, explain
 REAL = ("fd_real", "kid_real", "cmmd_real", "density_real", "coverage_real")
 ARM = 100  # bytes of a name that is a part of a file's, with the round and digests beside it
 RECIPES = Path(__file__).parent / "recipes"
+FREE = {"floors", "policies"}  # tables with names of the user's choice
 
 
 class Recipe(Settings):
@@ -173,9 +174,10 @@ def _parse(values: dict[str, Any], where: str) -> Recipe:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``, table by table."""
+    """``over`` laid on ``base``, table by table; of those whose names are free an empty one clears what was there."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        both = isinstance(inner, dict) and isinstance(value, dict) and (value or key not in FREE)
+        merged[key] = merge(inner, value) if both else value
     return merged

@@ -165,7 +165,7 @@ _CONTESTANT = "CASE WHEN {0}.round = 0 THEN {0}.arm ELSE {0}.arm || ' round ' ||
 _WIN_RATES = (
     f"WITH decided AS (SELECT question, {_CONTESTANT.format('one')} AS contestant, {_CONTESTANT.format('two')} AS "
     "opponent, (choice = 'left')::INTEGER AS won FROM opinions JOIN samples AS one USING (sample_id) "
-    "JOIN samples AS two ON two.sample_id = other_id WHERE choice IN ('left', 'right')), "
+    "JOIN samples AS two ON two.sample_id = other_id WHERE choice IN ('left', 'right') AND contestant <> opponent), "
     "sides AS (FROM decided UNION ALL SELECT question, opponent, contestant, 1 - won FROM decided), "
     "counts AS (SELECT question, contestant, opponent, count(*) AS n, sum(won)::BIGINT AS wins, wins / n AS rate "
     "FROM sides GROUP BY question, contestant, opponent) "

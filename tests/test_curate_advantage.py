@@ -32,6 +32,14 @@ def test_weights_rise_with_the_advantage_up_to_the_cap() -> None:
     a = np.array([-2.0, 0.0, 1.0, 3.0, 800.0])
     np.testing.assert_allclose(weights(a, 0.5, 20), [np.exp(-4), 1, np.exp(2), 20, 20])
     np.testing.assert_allclose(weights(a, 1e9), 1, atol=1e-6)
+    # At the cap exactly, so that they can be counted there; and above 0, in float32 too.
+    assert weights(a, 1e-3).tolist()[2:] == [20] * 3 and weights(a, 1e-3)[0] == np.finfo(np.float32).tiny
+    assert weights([1.0, 0.0], 1e-320).tolist() == [20, 1]
+
+
+def test_weights_that_all_vanish_name_the_temperature() -> None:
+    with pytest.raises(WinnowError, match=r"advantages run from -2 to -1, temperature is 0\.001; give a larger"):
+        weights([-1.0, -2.0], 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -180,3 +180,11 @@ def test_wilson_interval_solves_its_equation(n: int, share: float) -> None:
 def test_bad_input_is_refused(call: Callable[[], object], said: str) -> None:
     with pytest.raises(WinnowError, match=said):
         call()
+
+
+def test_features_that_overflow_are_refused_also_where_they_are_few() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(WinnowError, match="too large"):
+        frechet_distance(rng.normal(size=(4, 30)), rng.normal(size=(4, 30)) * 3e159)
+    with pytest.raises(WinnowError, match="too large"):
+        diversity(rng.normal(size=(4, 30)) * 3e159, [0, 0, 1, 1])

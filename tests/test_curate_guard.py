@@ -104,3 +104,9 @@ def test_the_loop_never_ends_with_less_than_its_best(
 def test_bad_history_is_refused(measures: list[Measure], settings: dict, said: str) -> None:
     with pytest.raises(WinnowError, match=said):
         verdict(measures, **({"planned": 8} | settings))
+
+
+def test_a_measure_that_counts_up_is_told_as_it_is() -> None:
+    last = verdict(history([-0.5, -0.75, -0.625], se=0.01), planned=2, higher="judge_accuracy")
+    assert "judge_accuracy 0.625 of round 2 is below the best, beyond noise" in last.reason
+    assert "best is round 1 at judge_accuracy 0.75" in last.reason and "distance" not in last.reason

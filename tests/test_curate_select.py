@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curate.clusters import kmeans, representatives
 from curate.decision import Decision, dedup, floors, listed, narrow
 from curate.select import POLICIES, best_of_n, diverse, pareto, quantile_band, random_choice, stratified
 from curate.select import top_k as top
@@ -259,3 +260,13 @@ def test_narrow_joins_two_decisions() -> None:
 def test_bad_input_is_refused(change: dict, said: str) -> None:
     with pytest.raises(WinnowError, match=said):
         best_of_n(**{"scores": [1, 2, 3], "groups": [0, 0, 1], "ids": [1, 2, 3]} | change)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e30])
+def test_features_that_faiss_cannot_hold_are_one_line(scale: float) -> None:
+    """It would end the process."""
+    features = np.random.default_rng(0).normal(size=(50, 8)) * scale
+    for call in (kmeans, representatives):
+        with pytest.raises(WinnowError, match="too large"):
+            call(features, 3)
+    assert len(set(kmeans(features / scale, 3).tolist())) == 3

@@ -167,6 +167,10 @@ def test_explain_tells_programs_the_same(world: World, winnow: Winnow) -> None:
     assert len(near) == 3 and near == sorted(near) and story["lineage"] == []
     # The mean of the ten nearest is what the distance says: the nearest three are no farther.
     assert near[-1] <= story["distances"][0]["value"] * 1.001
+    assert [Path(one["folder"]).name[:10] for one in story["shards"]] == ["curated-r2"]
+    [early] = world.rows("SELECT sample_id FROM selections WHERE selection = 'curated' AND round = 1 AND kept LIMIT 1")
+    said = winnow("explain", early["sample_id"], "--store", world.store).out  # rounds accumulate
+    assert "trained on in shards/curated-r1-" in said and ", shards/curated-r2-" in said
     assert "allowed are text and json" in winnow("explain", 7, "--store", world.store, "--format", "xml").line
 
 

@@ -34,6 +34,7 @@ def test_what_is_missing_is_named_with_its_cure(
         "model": "/no/such/model", "prompts.source": "none.txt", "evaluate.real": "none.parquet",
         "prompts.judge": "{kind: endpoint, url: 'http://127.0.0.1:9/v1', model: m, key_env: NO_SUCH_KEY}",
         "score.scorers": "[scene-clip, 'nobody.wrote:this']", "evaluate.also": "['nobody.wrote:that']",
+        "select.policy": "nobody.wrote:it", "select.picks": str(tmp_path / "picks.txt"),
     }  # fmt: skip
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     said = winnow("doctor", "--recipe", "embedded", "--store", tmp_path, "--prompts", 180, *words)
@@ -41,7 +42,7 @@ def test_what_is_missing_is_named_with_its_cure(
     assert said.status == 2
     wrong = {name for name, (verdict, _) in found.items() if verdict == "wrong"}
     assert wrong == {"model /no/such/model", "prompts.source", "evaluate.real", "prompts.judge",
-                     "scorer nobody.wrote:this", "encoder nobody.wrote:that"}  # fmt: skip
+                     "scorer nobody.wrote:this", "encoder nobody.wrote:that", "policy", "select.picks"}  # fmt: skip
     assert "give a diffusers pipeline folder" in found["model /no/such/model"][1]
     assert found["prompts.judge"][1] == "NO_SUCH_KEY is not set; export the key in it"
     assert "must be importable" in found["scorer nobody.wrote:this"][1]
@@ -101,5 +102,5 @@ def test_the_diff_of_two_arms_shows_their_recipes(world: World, winnow: Winnow) 
 
 
 def test_a_round_that_is_not_there_is_one_line(world: World, winnow: Winnow) -> None:
-    for word in ("9", "curated:9", "x", "nobody:1"):
+    for word in ("9", "curated:9", "x", "nobody:1", "²"):
         assert "write 2 or arm:2" in winnow("diff", 1, word, "--store", world.store).line

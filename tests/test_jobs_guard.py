@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from jobs import recipe as recipes
-from jobs.guard import guard, warnings
+from jobs.guard import guard, history, warnings
 from jobs.run import Run
 from schemas.tables import TABLES
 from storage.commit import commit
@@ -56,3 +57,11 @@ def test_they_are_said_beside_the_verdict_and_do_not_make_it(run: Run, monkeypat
     assert verdict.reason.startswith("best is round 3") and "; reward hacking: " in verdict.reason
     [row] = run.query("SELECT reason FROM rounds WHERE round = 3").to_pylist()
     assert row["reason"] == verdict.reason and guard(run) == verdict
+
+
+def test_a_win_rate_can_decide_though_the_base_has_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.guard.trained_model", lambda run: "embedded")
+    by = replace(run, recipe=recipes.override(run.recipe, [(["guard", "metric"], "win_rate:scene-clip")]))
+    assert [one.distance for one in history(by)] == [-0.5, -0.6, -0.7, -0.8] and history(by)[0].distance_se == 0
+    verdicts = [guard(by.at(number)) for number in range(4)]
+    assert [one.best_round for one in verdicts] == [0, 1, 2, 3] and "at win_rate:scene-clip 0.8" in verdicts[3].reason

@@ -56,6 +56,9 @@ def test_single_settings_can_be_changed() -> None:
     recipe = recipes.load("embedded")
     changed = recipes.override(recipe, sets({"generate.steps": 3, "seed": 9, "select.floors.scene-clip": 0.1}))
     assert (changed.generate.steps, changed.seed, changed.select.floors) == (3, 9, {"scene-clip": 0.1})
+    assert recipes.override(changed, sets({"select.floors": {}})).select.floors == {}
+    cleared = recipes.override(changed, sets({"arms.naive.select": {"floors": {}}, "arms.curated": {}}))
+    assert cleared.for_arm("naive").select.floors == {} and cleared.for_arm("curated").select.floors
     assert changed.generate.batch == recipe.generate.batch and changed.train == recipe.train
     assert recipe.generate.steps != 3
     assert recipes.override(recipe, []) is recipe

@@ -11,7 +11,7 @@ import pytest
 from conftest import ForkServer, files, rows, sets
 
 from jobs import recipe as recipes
-from jobs.distance import distance
+from jobs.distance import distance, distances_of
 from jobs.embed import embed
 from jobs.explain import explain, words
 from jobs.generate import generate
@@ -140,6 +140,15 @@ def test_a_round_with_refined_children(copy: Run) -> None:
     assert f"level {note['level']:.3f}" in told and f"loop {note['loop']}" in told
     assert f"{note['score_before']:.4f} → {note['score_after']:.4f}" in told
     assert "not accepted" in words(explain(run.store, sorted(refused)[0]))
+
+
+def test_children_without_distances_are_not_weighed_by_those_of_others(copy: Run, winnow: Callable[..., Any]) -> None:
+    run = refining(copy)
+    distance(run), refine(run), embed(run), score(run)
+    with pytest.raises(WinnowError, match=r"distances: \d+ of \d+ train samples of round 1 have .*'winnow distance'"):
+        distances_of(run, "train")
+    # And a round that nothing is selected of can be compared.
+    assert "kept: 0 of 0 samples, 0 prompts → 0 of 0" in winnow("diff", 1, 1, "--store", run.store).out
 
 
 def test_really_different_sets_are_refused_and_more_of_the_same_is_not(copy: Run) -> None:

@@ -233,3 +233,14 @@ def test_votes_are_a_source_of_picks(store: Path) -> None:
     rows = ask(store, "SELECT sample_id, kept, reason FROM selections")
     assert len(rows) == 40 and {row["sample_id"] for row in rows if row["kept"]} == {a, d}
     assert {row["reason"] for row in rows if not row["kept"]} == {"not picked by hand"}
+
+
+def test_a_contestant_is_asked_about_once_and_never_beside_itself(store: Path) -> None:
+    asked = pairs(store, ["base", "curated:1"], 1000).tasks
+    assert pairs(store, ["base:0", "curated:1", "curated:01", "base"], 1000).tasks == asked
+    image = asked[0].ids[0]
+    votes.cast(store, "ada", "appeal", image, image, "left")  # as an earlier page asked
+    votes.gather(store)
+    assert ask(store, "SELECT * FROM win_rates") == [] and votes.strengths(store).num_rows == 0
+    with pytest.raises(WinnowError, match="write base, or arm:round"):
+        pairs(store, ["base", "curated:²"], 5)

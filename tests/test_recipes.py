@@ -320,3 +320,13 @@ def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(WinnowError, match=r"row 3 has no image"):
         _file(found, 3, "images")
+
+
+def test_no_more_is_kept_than_is_made() -> None:
+    recipe = recipes.load("embedded-fast")
+    made = recipe.generate.images_per_prompt
+    most = plan(recipes.override(recipe, sets({"select.keep": made})), 180).bytes
+    for more in ({"select.keep": 1000}, {"select.budget": 10**8}):
+        assert plan(recipes.override(recipe, sets(more)), 180).bytes == most
+    mixed = plan(recipes.override(recipe, sets({"export.reference_share": 1.0})), 180).bytes
+    assert mixed["shards"] == 2 * plan(recipe, 180).bytes["shards"]

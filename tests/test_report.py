@@ -18,6 +18,7 @@ from PIL import Image
 
 from jobs import recipe as recipes
 from jobs import summary as summaries
+from jobs.metrics import better
 from jobs.plots import Line, curve
 from jobs.recipe import Recipe
 from jobs.report import renew, report, thinned
@@ -625,3 +626,8 @@ def test_scales_of_tens_are_numbered_in_full() -> None:
     svg = ET.fromstring(base64.b64decode(curve("Time", "seconds", lines, axis="samples", tens=True).partition(",")[2]))
     said = {"".join(one.itertext()) for one in svg.iter("{http://www.w3.org/2000/svg}text")}
     assert said == {"Time", "seconds", "samples", "10", "100", "10,000", "100,000", "1,000,000"}
+
+
+def test_diversity_is_neither_better_nor_worse_in_any_space() -> None:
+    assert better("diversity", 1.0) is None and better("diversity@vae", 1.0) is None
+    assert better("fd_real@vae", 1.0) is False and better("scene-clip", 1.0) is True

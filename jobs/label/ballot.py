@@ -80,7 +80,7 @@ def pairs(store: Path, contestants: Sequence[str], limit: int) -> Ballot:
     """At most ``limit`` pairs of held-out images of one prompt and seed, by two contestants each: models as "base" or
     "arm:round", by default the base, the round that the guard keeps and the last of each other arm."""
     with opened(store) as source:
-        models = [_model(name) for name in contestants] or _usual(summarise(source))
+        models = list(dict.fromkeys(_model(name) for name in contestants)) or _usual(summarise(source))
         found: list[dict[str, Any]] = []
         for one, two in combinations(models, 2):
             found += source.rows(
@@ -105,7 +105,7 @@ def _model(name: str) -> tuple[str, int]:
     arm, _, number = name.strip().partition(":")
     if arm == BASE and number in ("", "0"):
         return BASE, 0
-    if not arm or not number.isdigit():
+    if not arm or not number.isdecimal():
         raise WinnowError(f"--contestants {name!r}: unknown; write base, or arm:round such as curated:1")
     return arm, int(number)
 
