@@ -51,6 +51,7 @@ def apart(named: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     own = {}
     for name, tensor in named.items():
+        tensor = tensor.resolve_conj().resolve_neg()  # which is done at the next reading, and a file knows nothing of
         place = tensor.untyped_storage().data_ptr()
         alone = place not in seen and tensor.untyped_storage().nbytes() == tensor.nbytes
         own[name] = tensor if alone and tensor.is_contiguous() else tensor.contiguous().clone()

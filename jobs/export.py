@@ -38,11 +38,11 @@ class Export(Settings):
 
     formats: tuple[Literal["parquet", "webdataset"], ...] = Field(("parquet",), min_length=1)
     accumulate: bool = False
-    reference_share: float = Field(0.0, ge=0)
+    reference_share: float = Field(0.0, ge=0, le=1e6)
     rows: int = Field(1000, ge=1)
     encode: Format | None = None
     unweighted: Literal["repeats", "sampling"] | None = None
-    total: int | None = Field(None, ge=1)
+    total: int | None = Field(None, ge=1, le=10**9)
 
     @model_validator(mode="after")
     def _together(self) -> Export:

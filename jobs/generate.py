@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from jobs import devices, models
-from jobs.images import Format, encode, fault
+from jobs.images import SIDE, Format, encode, fault
 from jobs.prompts import chosen
 from jobs.rejection import GAPS, Drafts, Reject, draft
 from jobs.run import BASE, Run
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from jobs.evaluate import Evaluate, Reference
 
 Split = Literal["reference", "train", "eval"]
-SIDE = 2**14  # pixels, at most
 
 
 class Negative(Settings):

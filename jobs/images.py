@@ -8,13 +8,15 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from schemas.errors import WinnowError
 
 T = TypeVar("T")
 Format = Literal["png", "webp", "jpeg"]
+SIDE = 2**14  # pixels of an image that is made, at most
 MOST_PIXELS = 2**26  # 8192 × 8192; a 10 KB file can claim many more
+READING = "upright, on white, of 8 bits"  # what ``decode`` makes of a file; what is made of its pixels hangs on it
 FLAT = 2.0  # standard deviation (of 255) below which an image shows nothing
 
 
@@ -22,18 +24,44 @@ def encode(image: np.ndarray, format: Format) -> bytes:
     """uint8 [H, W, 3] as a file; PNG and WebP keep every pixel, JPEG is of quality 95."""
     out = io.BytesIO()
     options: dict[str, Any] = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}
-    Image.fromarray(image).save(out, format, **options[format])
+    try:
+        Image.fromarray(image).save(out, format, **options[format])
+    except (ValueError, OSError) as error:  # more than 16,383 pixels a side in WebP, 65,500 in JPEG
+        high, wide = image.shape[:2]
+        raise WinnowError(f"an image of {wide}×{high} pixels is no {format} ({error}); take another format") from error
     return out.getvalue()
 
 
 def decode(data: bytes, name: str = "image") -> Image.Image:
-    """An RGB image from a file's bytes; WinnowError where they are none, or too large to open."""
-    return _opened(data, name, lambda image: image.convert("RGB"))
+    """An RGB image from a file's bytes, upright, on white where it is transparent, and of 8 bits; WinnowError where
+    they are none, too large to open, or numbers without a white."""
+    return _opened(data, name, lambda image: _rgb(image, name))
 
 
 def size_of(data: bytes, name: str = "image") -> tuple[int, int]:
-    """Width and height in pixels, from the head of a file alone; errors as of ``decode``."""
-    return _opened(data, name, lambda image: image.size)
+    """Width and height in pixels of the upright image, from the head of a file alone; errors as of ``decode``."""
+    return _opened(data, name, lambda image: image.size[:: -1 if _orientation(image) >= 5 else 1])
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, by EXIF: 1 is upright, from 5 on the sides change places."""
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise WinnowError(f"{name}: holds whole numbers of more than 16 bits; save it with 8 or 16")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise WinnowError(f"{name}: holds floats, of which nothing says what is white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _opened(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
@@ -42,7 +70,7 @@ def _opened(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
         if image.width * image.height > MOST_PIXELS:
             raise WinnowError(f"{name}: {image.width}×{image.height} pixels, allowed are {MOST_PIXELS}; shrink it")
         return use(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:  # by its format
         raise WinnowError(f"{name}: not a readable image ({error}); remove or replace it") from error
 
 

@@ -36,7 +36,10 @@ class Base:
 def base_of(folder: Path) -> Base:
     """What ``base.json`` of a LoRA folder says; WinnowError where it is damaged."""
     try:
-        return Base(**json.loads((folder / BASE).read_text(encoding="utf-8")))
+        found = Base(**json.loads((folder / BASE).read_text(encoding="utf-8")))
+        if [type(value) for value in vars(found).values()] != [str, str, int]:
+            raise TypeError(f"it holds {found}")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise WinnowError(f"{folder / BASE}: cannot be read ({error}); restore the folder or train again") from error
 
@@ -44,7 +47,8 @@ def base_of(folder: Path) -> Base:
 def attach(pipe: Any, rank: int, seed: int, folder: Path | None = None) -> None:
     """Put trainable layers of this rank, in float32, on the pipeline's denoiser and freeze all else: fresh ones
     that change nothing yet, or those of ``folder``."""
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     kind = family(pipe)
@@ -64,13 +68,18 @@ def attach(pipe: Any, rank: int, seed: int, folder: Path | None = None) -> None:
     if held.rank != rank:
         raise WinnowError(f"train.rank is {rank}, but the round starts from a LoRA of rank {held.rank}; give that one")
     prefix = f"{kind.denoiser}."
-    state = {key.removeprefix(prefix): value for key, value in load_file(folder / WEIGHTS).items()}
-    found = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
-    if found is not None and found.unexpected_keys:
-        raise WinnowError(
-            f"{folder / WEIGHTS}: {len(found.unexpected_keys)} weights fit no layer, such as "
-            f"{found.unexpected_keys[0]}; it belongs to another base model or train.method"
-        )
+    try:
+        state = {key.removeprefix(prefix): value for key, value in load_file(folder / WEIGHTS).items()}
+        wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER).keys()
+        if odd := sorted(wanted ^ state.keys()):
+            raise WinnowError(
+                f"{folder / WEIGHTS}: {len(odd)} weights fit no layer or are missing, such as {odd[0]}; it is damaged "
+                "or belongs to another base model or train.method"
+            )
+        set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise WinnowError(f"{folder / WEIGHTS}: cannot be taken up ({reason}); restore the folder") from error
 
 
 def save(pipe: Any, folder: Path, base: Base) -> None:

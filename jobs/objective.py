@@ -8,6 +8,7 @@ Timesteps are in the pipeline's own unit, 0…1000, and late steps are the low o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,8 +56,11 @@ class Objective:
         if (lo, hi) != (0, self.steps):
             share = torch.tensor([lo, hi], dtype=torch.float64, device=draw.device) / self.steps
             share = share / (self.shift - (self.shift - 1) * share)
-            low, high = share if even else torch.special.ndtr(torch.logit(share))
-            draw = torch.special.ndtri(low + torch.special.ndtr(draw.double()) * (high - low))
+            ends = torch.special.ndtri(share) if even else torch.logit(share)
+            # In the tail of the two that is next to 0, where doubles are dense; ndtr itself is 0 there from 8.3 on.
+            side = 1 if ends.sum() <= 0 else -1
+            low, high = torch.special.erfc(-side * ends / math.sqrt(2)).sort().values / 2
+            draw = side * torch.special.ndtri(low + torch.special.ndtr(side * draw.double()) * (high - low))
         share = torch.special.ndtr(draw) if even else torch.sigmoid(draw)
         share = (self.shift * share / (1 + (self.shift - 1) * share)).float()
         if self.kind == "flow":

@@ -128,9 +128,9 @@ def _work(run: Run, split: Split, source: str, named: str, images: Any) -> Work:
         for row in rows.to_pylist():
             place = row.pop("place")
             file = _file(images, place, named)
-            decode(file, f"{named} image {place}")
+            width, height = decode(file, f"{named} image {place}").size
             with Image.open(io.BytesIO(file)) as image:
-                width, height, kind = image.width, image.height, (image.format or "bin").lower()
+                kind = (image.format or "bin").lower()
             stored = {"bytes": file, "path": f"{row['sample_id']}.{kind}"}
             done.append(row | {"round": run.round, "arm": run.arm, "split": split, "model": name, "width": width,
                                "height": height, "attempt": 0, "image": stored})  # fmt: skip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from jobs.digest import digest
 from schemas.errors import WinnowError
 from schemas.ids import sample_id
 from storage.query import arrow, stream
@@ -80,8 +81,18 @@ class Run:
                 f"yet; run 'winnow round --round {self.round - 1}' first"
             )
         model = rows["model"][0].as_py()
-        inside = model.startswith("models/") and (self.store / model).exists()
+        inside = model.startswith("models/") and (self.sealed_model(model) or (self.store / model).exists())
         return str(self.store / model) if inside else model
+
+    def sealed_model(self, name: str) -> bool:
+        """Whether a model was trained and sealed in this store as ``name``; WinnowError where it was, and its folder is
+        gone or not as it was then."""
+        sealed = self.query("SELECT revision FROM models WHERE model = $name", name=name)["revision"].to_pylist()
+        folder = self.store / name
+        if sealed and not (folder.exists() and digest(folder) in sealed):
+            wrong = "is not as it was trained" if folder.exists() else "is not here"
+            raise WinnowError(f"{name}: {wrong}; restore it from a copy, or remove it and run 'winnow train' again")
+        return bool(sealed)
 
 
 def ids(table: pa.Table | pa.RecordBatch) -> np.ndarray:

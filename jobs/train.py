@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from jobs import devices, models, trainset
 from jobs.export import shards_of
+from jobs.images import SIDE
 from jobs.progress import say
 from jobs.prompts import chosen
 from jobs.run import Run
@@ -66,7 +67,7 @@ class Train(Settings):
     """
 
     method: Literal["full", "lora", "none"] = "full"
-    size: int | None = Field(None, ge=8, multiple_of=8)
+    size: int | None = Field(None, ge=8, le=SIDE, multiple_of=8)
     buckets: Buckets | None = None
     rank: int = Field(16, ge=1)
     steps: int = Field(750, ge=1)
@@ -122,7 +123,7 @@ def trained_model(run: Run) -> str:
     folder = run.store / name
     if not folder.exists():
         raise WinnowError(f"{folder}: round {run.round} of {run.arm!r} is not trained; run 'winnow train' first")
-    _sealed(run, name)
+    run.sealed_model(name)
     return str(folder)
 
 
@@ -161,7 +162,7 @@ def train(run: Run) -> None:
     if (run.store / name).exists():
         if run.recipe.train.watch:
             say(f"{name}: is trained already, and train.watch looks at models while they train")
-        if not _sealed(run, name):  # a run was killed between the two
+        if not run.sealed_model(name):  # a run was killed between the two
             _seal(run, name)
         _clear(progress)
         return
@@ -200,6 +201,8 @@ def train(run: Run) -> None:
             for now, start in zip(turned, begun, strict=True):
                 start = start.to(now.device)
                 now.copy_(start - settings.neon * (now - start))
+    if not all(bool(p.isfinite().all()) for p in turned):
+        raise WinnowError(f"train: weights are not finite after a step of Neon of {settings.neon:g}; lower train.neon")
     if group.is_main_process:
         commit_folder(run.store, name, save)
         _seal(run, name, Spent("train", run.arm, run.round, round(time.perf_counter() - began, 3)))
@@ -217,16 +220,6 @@ def _seal(run: Run, name: str, spent: Spent | None = None) -> None:
     path = part_path("models", {"round": run.round, "model": Path(name).name}, "00000", spec)
     part = commit(run.store, "models", path, pa.Table.from_pylist([row], schema=schema))
     seal(run.store, "train", [part], run.recipe.model_dump(mode="json"), spent)
-
-
-def _sealed(run: Run, name: str) -> bool:
-    """Whether a model of the store is sealed; WinnowError where it is not as it was then."""
-    rows = run.query("SELECT revision FROM models WHERE model = $model", model=name)
-    if rows.num_rows and models.revision(str(run.store / name)) not in rows["revision"].to_pylist():
-        raise WinnowError(
-            f"{name}: is not as it was trained; restore it from a copy, or remove it and run 'winnow train' again"
-        )
-    return bool(rows.num_rows)
 
 
 def _turned(pipe: Any) -> list[torch.nn.Parameter]:
@@ -280,9 +273,9 @@ def _save(pipe: Any, folder: Path) -> None:
 
 def _clear(progress: Path) -> None:
     """Remove the state of a training that is done, and what a killed process left of it."""
-    from jobs.training.state import draft_of
+    from jobs.training.state import drafts_of
 
-    for file in (progress, draft_of(progress)):
+    for file in (progress, *drafts_of(progress)):
         file.unlink(missing_ok=True)
 
 
@@ -302,8 +295,6 @@ def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
 
     settings = run.recipe.train
     start = run.start_model()
-    if Path(start).is_relative_to(run.store):
-        _sealed(run, Path(start).relative_to(run.store).as_posix())
     base, adapter = models.layers(start)
     if settings.method == "full":
         if adapter:

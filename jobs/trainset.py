@@ -17,7 +17,7 @@ from jobs import images, samples
 from jobs.progress import say
 from jobs.run import Run, ids
 from jobs.shards import SCORE
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, about
 from schemas.tables import IMAGE
 from storage.places import places, rows_at
 
@@ -177,7 +177,8 @@ def _encoded(run: Run, pool: ThreadPoolExecutor, rows: pa.Table) -> pa.Table:
 
     def encode(number: int, file: bytes) -> dict[str, Any]:
         pixels = np.asarray(images.decode(file, f"sample {number}"))
-        return {"bytes": images.encode(pixels, format), "path": f"{number}.{format}"}
+        with about(f"sample {number}"):
+            return {"bytes": images.encode(pixels, format), "path": f"{number}.{format}"}
 
     made = list(pool.map(encode, rows["sample_id"].to_pylist(), files.to_pylist()))
     return rows.set_column(rows.column_names.index("image"), "image", pa.array(made, IMAGE))

@@ -51,6 +51,15 @@ def test_every_tensor_comes_over(tmp_path: Path, winnow: Callable[..., Any], wra
     assert all(torch.equal(both[0][name], both[1][name]) for name in state)
 
 
+def test_what_is_negated_or_conjugated_later_is_so_in_the_file(tmp_path: Path) -> None:
+    numbers = torch.tensor([1.0, 2.0])
+    named = {"a": torch._neg_view(numbers), "b": torch.tensor([1 + 2j]).conj().imag}
+    torch.save(named, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "a.safetensors")
+    found = load_file(tmp_path / "a.safetensors")
+    assert found["a"].tolist() == [-1.0, -2.0] and found["b"].tolist() == [-2.0]
+
+
 def test_once_more_is_the_same_and_something_else_is_refused(tmp_path: Path, winnow: Callable[..., Any]) -> None:
     torch.save(checkpoint(), tmp_path / "a.pt")
     torch.save(checkpoint(), tmp_path / "b.pt")

@@ -1,5 +1,6 @@
 """Families: what Winnow tells each kind of model is what the model's own pipeline tells it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pipelines
 import pytest
 import torch
 from conftest import WORDS
+from safetensors.torch import load_file, save_file
 
 from jobs import lora, models
 from jobs.families import FAMILIES, TOGETHER, Conditions, family
@@ -186,6 +188,32 @@ def test_a_lora_is_small_is_kept_and_goes_on(folder: Path, tmp_path: Path) -> No
     assert all(torch.equal(p, dict(network.named_parameters())[name]) for name, p in layers.items())
     with pytest.raises(WinnowError, match=r"train\.rank is 4, but the round starts from a LoRA of rank 2"):
         lora.attach(models.load(str(folder)), 4, 9, kept)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("cut", "cannot be taken up"), ("missing", "cannot be taken up"), ("half", "or are missing, such as"),
+     ("rank", "cannot be taken up"), ("model", r"base\.json: cannot be read")],
+)  # fmt: skip
+def test_a_damaged_lora_is_not_gone_on_from(stable_diffusion: Path, tmp_path: Path, damage: str, said: str) -> None:
+    pipe = models.load(str(stable_diffusion))
+    lora.attach(pipe, 2, 1)
+    lora.save(pipe, tmp_path, lora.Base(str(stable_diffusion), models.revision(str(stable_diffusion)), 2))
+    weights, base = tmp_path / lora.WEIGHTS, json.loads((tmp_path / lora.BASE).read_text())
+    held = load_file(weights)
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "half":
+        save_file({name: held[name] for name in sorted(held)[::2]}, weights)
+    elif damage == "rank":
+        save_file({name: torch.cat([t, t]) if t.shape[0] == 2 else torch.cat([t, t], 1) for name, t in held.items()},
+                  weights)  # fmt: skip
+    else:
+        (tmp_path / lora.BASE).write_text(json.dumps(base | {"model": 3}))
+    with pytest.raises(WinnowError, match=said):
+        lora.attach(models.load(str(stable_diffusion)), 2, 1, tmp_path)
 
 
 def test_a_fresh_lora_changes_nothing(pipe: Any) -> None:

@@ -526,6 +526,18 @@ def test_a_changed_model_is_not_gone_on_with(winnow: Winnow, copy: Path, tmp_pat
     assert winnow(*publishing, "--dry-run", tmp_path / "out").status == 0
 
 
+def test_a_round_does_not_start_from_a_changed_model(winnow: Winnow, copy: Path) -> None:
+    words = ["--recipe", "embedded-fast", "--store", copy, "--arm", "naive", "--round", 2, *options({"rounds": 2})]
+    weights = next((copy / "models").glob("naive-*/unet/*.safetensors"))
+    model, data = weights.parents[1], weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert f"models/{model.name}: is not as it was trained; restore it from a copy" in winnow("generate", *words).line
+    shutil.rmtree(model)
+    digest.cache_clear()
+    assert f"models/{model.name}: is not here; restore it from a copy" in winnow("generate", *words).line
+    assert not rows(copy, "SELECT 1 FROM samples WHERE round = 2")
+
+
 def test_a_model_that_a_killed_run_left_is_sealed_by_the_next(winnow: Winnow, copy: Path) -> None:
     for part in (copy / "tables" / "models").rglob("*.parquet"):
         part.unlink()

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from jobs.objective import objective
+from jobs.objective import Objective, objective
 from schemas.errors import WinnowError
 
 KINDS = ["epsilon", "v_prediction", "flow"]
@@ -133,3 +133,13 @@ def test_windows_that_are_none_are_named(window: tuple[int, int]) -> None:
         objective(scheduler_for("flow")).check(window, None)
     with pytest.raises(WinnowError, match=r"train\.min_snr is for ε and v models"):
         objective(scheduler_for("flow")).check(None, 5.0)
+
+
+@pytest.mark.parametrize(("shift", "window"), [(12.0, (0, 2)), (6.0, (0, 1)), (1 / 3, (999, 1000))])
+def test_a_window_at_the_very_end_is_trained_all_over(shift: float, window: tuple[int, int]) -> None:
+    """Where the normal distribution has less than a double's 1e-16 left."""
+    draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    t = Objective("flow", 1000, None, shift).times(draws, window)
+    assert window[0] <= t.min() < t.max() < window[1] and len(t.unique()) > 2_000
+    order = draws.argsort()
+    assert (t[order].diff() >= 0).all()

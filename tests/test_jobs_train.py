@@ -130,6 +130,24 @@ def test_neon_turns_a_lora_round(run: Run) -> None:
     assert max(trained[name].abs().max() for name in up) > 1e-4
 
 
+def test_a_step_of_neon_into_nowhere_is_no_model(run: Run) -> None:
+    away = changed(run, neon=1e300, steps=2)
+    with pytest.raises(WinnowError, match=r"not finite after a step of Neon of 1e\+300; lower train\.neon"):
+        train(away)
+    with pytest.raises(WinnowError, match="is not trained"):
+        trained_model(away)
+
+
+def test_what_killed_processes_left_goes_with_the_state(run: Run) -> None:
+    again = changed(run, clip=0.6)
+    train(again)
+    left = run.store / "checkpoints" / f"{Path(trained_model(again)).name}.99999.draft"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"half")
+    train(again)
+    assert not left.exists()
+
+
 def test_what_is_seen_of_training(run: Run) -> None:
     watched = changed(run, watch=2, validation=0.5, sheet=1, window=[0, 500], min_snr=5.0, normalise="batch")
     train(watched)

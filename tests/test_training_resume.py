@@ -134,10 +134,60 @@ def test_a_damaged_state_says_how_to_go_on(stable_diffusion: Path, tmp_path: Pat
     Trainer(pipe, data, SETTINGS, 7).state.keep(progress, 5)
     whole = progress.read_bytes()
     flipped = whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]
-    for damage in (b"abc" * 100, whole[:-50], b"", flipped):
+    later = whole.replace(b'"step":"5"', b'"step":"9"')
+    assert later != whole
+    for damage in (b"abc" * 100, whole[:-50], b"", flipped, later):
         progress.write_bytes(damage)
         with pytest.raises(WinnowError, match=r"p\.safetensors: the kept state cannot be read .*remove it to train"):
             fine_tune(pipe, data, SETTINGS, 7, progress)
+
+
+def test_weights_that_are_all_held_back_are_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+    pipe, settings = models.load(str(stable_diffusion)), SETTINGS.model_copy(update={"validation": 0.5, "watch": 5})
+    data = build(pipe, examples([1.0] * 8), tmp_path / "cache")
+    data.weights[Trainer(pipe, data, settings, 7).kept] = 0
+    with pytest.raises(WinnowError, match="holds back every row of a weight above 0"):
+        Trainer(pipe, data, settings, 7)
+
+
+def test_a_model_that_drops_at_random_goes_on_alike(
+    stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(progress: Path, steps: int) -> dict[str, torch.Tensor]:
+        pipe = models.load(str(stable_diffusion))
+        for module in pipe.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        torch.manual_seed(steps)  # what the process drew before is nobody's business
+        data = build(pipe, examples(WEIGHTS), tmp_path / "cache")
+        with monkeypatch.context() as patch:
+            if steps < SETTINGS.steps:  # as a kill right after the checkpoint
+                patch.setattr(Trainer, "check", lambda self, step: None if step <= steps else 1 / 0)
+            fine_tune(pipe, data, SETTINGS, 7, progress)
+        return dict(pipe.unet.state_dict())
+
+    whole = play(tmp_path / "a.safetensors", SETTINGS.steps)
+    with pytest.raises(ZeroDivisionError):
+        play(tmp_path / "b.safetensors", 6)
+    resumed = play(tmp_path / "b.safetensors", SETTINGS.steps)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_look_after_a_resume_tells_no_mean_of_some_of_the_steps(stable_diffusion: Path, tmp_path: Path) -> None:
+    lines = []
+    for stopped in (False, True):
+        pipe = models.load(str(stable_diffusion))
+        data = build(pipe, examples(WEIGHTS), tmp_path / "cache")
+        watch = Watch(tmp_path, "reports/x", 9, (), Generate())
+        file = tmp_path / "reports" / "x" / "losses.jsonl"
+        if stopped:
+            file.write_text('{"step": 9, "tr')  # of a disk that was full
+            Trainer(pipe, data, SETTINGS, 7).state.keep(tmp_path / "p.safetensors", 3)
+        fine_tune(pipe, data, SETTINGS, 7, tmp_path / "p.safetensors", "train", watch)
+        (tmp_path / "p.safetensors").unlink(missing_ok=True)
+        lines.append([json.loads(line) for line in file.read_text().splitlines()])
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    assert "train" in lines[0][0] and "train" not in lines[1][0] and "train" in lines[1][1]
 
 
 def test_watching_changes_nothing_and_shows_what_there_is(stable_diffusion: Path, tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded to look
-            reason = str(error).splitlines()[0][:120]
+        # torch's need not be loaded to look
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            reason = (str(error) or "no more to be had").splitlines()[0][:120]
             cure = "lower generate.batch, embed.batch, score.batch or train.micro_batch, or set train.checkpointing"
             print(f"winnow: out of memory ({reason}); {cure}; everything committed is safe", file=sys.stderr)
             sys.exit(2)

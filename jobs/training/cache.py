@@ -28,11 +28,12 @@ from torch import Tensor
 
 from jobs import devices, digest
 from jobs.families import Condition, family
-from jobs.images import array, cover, decode, size_of
+from jobs.images import READING, array, cover, decode, size_of
 from jobs.latents import encode
 from jobs.progress import bar, say
 from jobs.training.buckets import Buckets, Size, grid, nearest
 from jobs.training.packs import KEY, PACK_BYTES, Packs
+from schemas import ids
 from schemas.errors import WinnowError
 
 NOTHING = bytes(KEY)  # the key of no text
@@ -92,7 +93,7 @@ def build(
     was encoded up to a minute before is kept.
     """
     vae = pipe.vae.float()
-    home = f"latents-{digest.network(vae)[:16]}"
+    home = f"latents-{ids.digest([digest.network(vae), READING])}"
     images: dict[Size, Packs] = {}
     number: dict[Size, int] = {}
     target = _target(pipe, size, buckets)

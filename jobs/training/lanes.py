@@ -38,8 +38,8 @@ class Lanes:
         model = family.model(pipe)
         self.pipes, self.cores = [pipe], torch.get_num_threads()
         self.other: ThreadPoolExecutor | None = None
-        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-        if next(model.parameters()).device.type != "cpu" or 1 in (self.cores, rows) or drops:
+        self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        if next(model.parameters()).device.type != "cpu" or 1 in (self.cores, rows) or self.drops:
             return
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
         shared |= {id(buffer): buffer for buffer in model.buffers()}

@@ -114,6 +114,11 @@ class Trainer:
                 f"train.validation {settings.validation} holds back all {len(data)} rows; give less, or select more"
             )
         self.held_back, self.kept = np.flatnonzero(back), np.flatnonzero(~back)
+        if not (data.weights[self.kept] > 0).any():
+            raise WinnowError(
+                f"train.validation {settings.validation} holds back every row of a weight above 0; give less, or "
+                "select more"
+            )
         self.model = self.family.model(pipe).train()
         if settings.checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -175,6 +180,8 @@ class Trainer:
         for some in self.optimiser.param_groups:
             some["lr"] = settings.lr * lr_factor(step, settings.steps, settings.lr_floor, settings.lr_warmup)
         self.optimiser.zero_grad(set_to_none=False)
+        if self.lanes.drops:  # its masks are the step's own, so that a resumed run draws the same
+            torch.manual_seed((self.seed + step + (self.group.process_index << 40)) % 2**63)
         total, bad = torch.zeros(1, device=self.device), []
         n = len(batch.rows)
         size = settings.micro_batch or n

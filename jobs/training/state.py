@@ -17,16 +17,16 @@ from storage.durable import storage_errors
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def draft_of(file: Path) -> Path:
-    """Where the next state of the file is written first; what a killed process left there is written over."""
-    return file.with_suffix(".draft")
+def drafts_of(file: Path) -> list[Path]:
+    """Where next states of the file are written first, by each process in its own; those that killed ones left."""
+    return list(file.parent.glob(f"{file.stem}.*.draft"))
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """The sum of each float32 tensor's bits as integers, by name, which no single changed bit leaves as it is: taken
-    where the tensors are, at the speed of their memory."""
+def checksum(step: int, tensors: dict[str, Tensor]) -> str:
+    """The step and the sum of each float32 tensor's bits as integers, by name, which no single changed bit leaves as it
+    is: taken where the tensors are, at the speed of their memory."""
     sums = {name: int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for name, tensor in tensors.items()}
-    return " ".join(f"{name}={sums[name]}" for name in sorted(sums))
+    return " ".join([f"step={step}", *(f"{name}={sums[name]}" for name in sorted(sums))])
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class State:
     def keep(self, file: Path, step: int) -> None:
         """Write all of it, and that ``step`` steps are done, in place of the last state: the file is always whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = draft_of(file)
+        draft = file.with_suffix(f".{os.getpid()}.draft")
         try:
             with storage_errors(file.parent, file.name):
                 kept = self._tensors()
-                save_file(kept, draft, metadata={"step": str(step), "sums": checksum(kept)})
+                save_file(kept, draft, metadata={"step": str(step), "sums": checksum(step, kept)})
                 with open(draft, "rb") as written:
                     os.fsync(written.fileno())
             os.replace(draft, file)
@@ -75,7 +75,7 @@ class State:
                     raise ValueError(f"it holds {', '.join(sorted(names))}")
                 for name, tensor in ours.items():
                     tensor.copy_(kept.get_tensor(name))
-                if checksum(ours) != kept.metadata()["sums"]:
+                if checksum(step, ours) != kept.metadata()["sums"]:
                     raise ValueError("it is damaged: its checksum is another")
             return step
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,10 @@ class Watch:
         self.losses.append(loss)
         if done % self.every and done < trainer.settings.steps:
             return
-        line: dict[str, float] = {"step": done, "train": float(np.mean(self.losses))}
+        trainer.check(done)
+        line: dict[str, float] = {"step": done}
+        if len(self.losses) == (done - 1) % self.every + 1:  # else a run that was stopped had the steps before
+            line["train"] = float(np.mean(self.losses))
         self.losses.clear()
         with trainer.averaged():
             if len(trainer.held_back):
@@ -51,7 +55,9 @@ class Watch:
     def _lines(self, line: dict[str, float]) -> list[str]:
         """The file with a new line; those of steps that a resumed run makes again go."""
         file = self.store / self.folder / "losses.jsonl"
-        old = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+        old = []
+        with suppress(FileNotFoundError, ValueError):  # a file that somebody cut short begins again
+            old = [json.loads(text) for text in file.read_text().splitlines()]
         return [json.dumps(one) + "\n" for one in [*(one for one in old if one["step"] < line["step"]), line]]
 
     def _sheet(self, trainer: Trainer, done: int) -> None:
