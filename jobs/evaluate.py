@@ -116,7 +116,7 @@ def evaluate(run: Run) -> bool:
     where = run.base() if run.round == 0 else run
     model = trained_model(run)
     used = dict.fromkeys([*run.recipe.score.scorers, *settings.scorers, *([settings.judge] if settings.judge else [])])
-    if spaces(settings) and samples.of(run.base(), "reference").num_rows < 2:
+    if spaces(settings) and run.query("SELECT 1 FROM samples WHERE split = 'reference' LIMIT 2").num_rows == 1:
         raise WinnowError(
             "D_0 has 1 image, and a distance to it needs two; raise reference.images_per_prompt or reference.prompts, "
             "or set evaluate.space to null"

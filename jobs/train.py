@@ -201,7 +201,7 @@ def train(run: Run) -> None:
             for now, start in zip(turned, begun, strict=True):
                 start = start.to(now.device)
                 now.copy_(start - settings.neon * (now - start))
-    if not all(bool(p.isfinite().all()) for p in turned):
+    if settings.neon and not all(bool(p.isfinite().all()) for p in turned):
         raise WinnowError(f"train: weights are not finite after a step of Neon of {settings.neon:g}; lower train.neon")
     if group.is_main_process:
         commit_folder(run.store, name, save)

@@ -708,6 +708,16 @@ def test_a_full_disk_loses_nothing(forks: ForkServer, tmp_path: Path, winnow: Wi
     assert rows(store, "SELECT count(*) AS n FROM samples") == [{"n": 24}]
 
 
+def test_one_image_is_no_reference(winnow: Winnow, tmp_path: Path) -> None:
+    words = ["--recipe", "embedded-fast", "--store", tmp_path, *options(
+        {"reference.prompts": 1, "reference.images_per_prompt": 1, "distance.space": None, "weigh.by": "nothing"}
+    )]  # fmt: skip
+    assert winnow("prompts", *words).status == winnow("generate", *words, "--split", "reference").status == 0
+    line = winnow("evaluate", *words, "--round", 0).line
+    assert "D_0 has 1 image, and a distance to it needs two; raise reference.images_per_prompt" in line
+    assert not rows(tmp_path, "SELECT 1 FROM samples WHERE split = 'eval'")
+
+
 def test_weights_need_distances(winnow: Winnow, copy: Path) -> None:
     where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1)
     line = winnow("weigh", *where, *options({"distance.space": None})).line
