@@ -41,7 +41,7 @@ def by_rules(texts: Sequence[str], rules: Mapping[str, str]) -> list[str]:
     for name, rule in rules.items():
         try:
             patterns[name] = re.compile(rule, re.IGNORECASE)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise WinnowError(f"rule {name!r}: {rule!r} is no regular expression ({error}); mend it") from None
     return [next((name for name, rule in patterns.items() if rule.search(text)), OTHER) for text in texts]
 

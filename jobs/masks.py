@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from jobs.refine import Refine
+from schemas.errors import WinnowError
+
+EDGE = 1e-9  # of a latent: 0.28 · 25 is above 7 by rounding alone
 
 
 def draw(settings: Refine, height: int, width: int, seed: int) -> tuple[np.ndarray, str]:
@@ -23,10 +26,13 @@ def draw(settings: Refine, height: int, width: int, seed: int) -> tuple[np.ndarr
         return ~mask, "whole"
     if settings.mask == "box":
         left, top, right, bottom = settings.box
-        rows = slice(floor(top * height), ceil(bottom * height))
-        mask[rows, floor(left * width) : ceil(right * width)] = True
+        above, before = floor(top * height + EDGE), floor(left * width + EDGE)
+        mask[above : ceil(bottom * height - EDGE), before : ceil(right * width - EDGE)] = True
         return mask, "box " + " ".join(f"{side:g}" for side in settings.box)
     grid = settings.grid
+    most = min(height, width)
+    if grid > most:  # some cells would be none
+        raise WinnowError(f"refine.grid is {grid}, of latents that are {width}×{height}; give at most {most}")
     count = max(1, round(settings.share * grid * grid))
     cells = np.sort(np.random.default_rng(seed).permutation(grid * grid)[:count])
     lines, columns = (np.linspace(0, side, grid + 1).round().astype(int) for side in (height, width))

@@ -112,9 +112,13 @@ def texts(settings: Prompts, seed: int) -> list[Text]:
     return found + [Text(text, f"template: {template}") for text, template in filled(settings.expand, seed)]
 
 
+def _whole(text: str) -> str:
+    return LONE.sub("\ufffd", text)
+
+
 def benchmark(settings: Prompts) -> list[str]:
     """The texts that must not be trained on."""
-    return sources.read(settings.benchmark, "Prompt") if settings.benchmark else []
+    return sources.read(settings.benchmark, settings.column) if settings.benchmark else []
 
 
 def rows(settings: Prompts, seed: int, given: Sequence[Text], run: Run | None = None) -> pa.Table:
@@ -164,13 +168,13 @@ def rows(settings: Prompts, seed: int, given: Sequence[Text], run: Run | None = 
         made.append(
             {
                 "prompt_id": numbers[i],
-                "text": LONE.sub("\ufffd", prompt.text),
-                "source": one.source if one.parent is None else f"expanded from {numbers[one.parent]}",
+                "text": _whole(prompt.text),
+                "source": _whole(one.source) if one.parent is None else f"expanded from {numbers[one.parent]}",
                 "split": "eval" if root[i] in held_out else "train",
                 "cluster": prompt.cluster if prompt.cluster >= 0 else None,
                 "kept": prompt.kept,
-                "reason": prompt.reason or None,
-                "category": categories[i] if categories else None,
+                "reason": _whole(prompt.reason) or None,
+                "category": _whole(categories[i]) if categories else None,
             }
         )
     return pa.Table.from_pylist(made, schema=TABLES["prompts"].schema)

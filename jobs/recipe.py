@@ -134,15 +134,17 @@ def names() -> list[str]:
 
 def load(name: str) -> Recipe:
     """A recipe by the name it ships under, or from a .yaml file; each of its arms is checked, too."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
+        if name not in names():
+            raise WinnowError(f"recipe {name[:60]!r}: unknown; there are {', '.join(names())}, or give a .yaml file")
         path = RECIPES / f"{name}.yaml"
-        if not path.is_file():
-            raise WinnowError(f"recipe {name!r}: unknown; there are {', '.join(names())}, or give a .yaml file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinnowError(f"recipe {name}: cannot be read ({error}); give a .yaml file") from error
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # such as no UTF-8, or nobody's home
+        raise WinnowError(f"recipe {name[:60]}: cannot be read ({error}); give a .yaml file") from error
+    try:
+        values = parsed(text)
     except yaml.YAMLError as error:
         raise WinnowError(f"recipe {name}: not YAML ({' '.join(str(error).split())}); mend the file") from error
     if not isinstance(values, dict):
@@ -151,6 +153,28 @@ def load(name: str) -> Recipe:
     for arm in recipe.arms:
         recipe.for_arm(arm)
     return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key of a table comes twice: the last one would take the place of the others."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and not key.tag.endswith(":merge"):
+                raise yaml.YAMLError(f"key {key.value!r} comes twice, in lines {lines[key.value]} and {line}; keep one")
+            if isinstance(key.value, str):
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def parsed(text: str) -> Any:
+    """The value of a YAML text; yaml.YAMLError where it has none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # such as of a date without such a month
+        raise yaml.YAMLError(str(error)) from error
 
 
 def override(recipe: Recipe, settings: list[tuple[list[str], Any]]) -> Recipe:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs import devices, models, samples
 from jobs.generate import column, moved
@@ -56,6 +56,11 @@ class Refine(Settings):
     scorer: ScorerName | None = None
     margin: float = Field(0.0, ge=0)
     batch: int = Field(8, ge=1)
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _text(cls, where: Any) -> Any:
+        return str(where).lower() if isinstance(where, bool) else where  # YAML's true is SQL's, too
 
     @model_validator(mode="after")
     def _together(self) -> Refine:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from schemas.errors import WinnowError
 
@@ -18,30 +22,54 @@ WIDEST = 60
 
 
 def show(result: pa.Table, format: str = "table") -> None:
-    """Print a result on standard output as one of FORMATS; images are shown by their size in a table."""
+    """Print a result on standard output as one of FORMATS; images are shown by their size in a table. Columns of one
+    name are numbered: ``a``, ``a_1``."""
+    result = _numbered(result)
     if format == "table":
         _table(result)
     elif format == "json":
-        print(json.dumps(result.to_pylist(), default=_plain, ensure_ascii=False))
+        print(json.dumps(_finite(result.to_pylist()), default=_plain, ensure_ascii=False, allow_nan=False))
     elif format == "csv":
         for i, column in enumerate(result.columns):
-            if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+            if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_interval(column.type):
                 result = result.set_column(i, result.column_names[i], pa.array([_text(v) for v in column.to_pylist()]))
         pc.write_csv(result, sys.stdout.buffer)
     elif format == "parquet":
         if sys.stdout.isatty():
             raise WinnowError("--format parquet: not for a terminal; redirect it, as in > result.parquet")
-        pq.write_table(result, sys.stdout.buffer)
+        try:
+            pq.write_table(result, sys.stdout.buffer)
+        except pa.ArrowNotImplementedError as error:  # such as of an INTERVAL
+            raise WinnowError(f"--format parquet: {error}; cast that column to text") from error
     else:
         raise WinnowError(f"--format {format!r}: unknown; allowed are {', '.join(FORMATS)}")
 
 
+def _numbered(result: pa.Table) -> pa.Table:
+    names: list[str] = []
+    for name in result.column_names:
+        others = (f"{name}_{n}" for n in itertools.count(1))
+        names.append(name if name not in names else next(other for other in others if other not in names))
+    return result.rename_columns(names)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in place of NaN and infinity, of which JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _table(result: pa.Table) -> None:
-    shown = Table(*result.column_names)
+    shown = Table()
+    for name in result.column_names:
+        shown.add_column(Text(name))
     for row in result.slice(0, 1000).to_pylist():
         shown.add_row(*(_short(value) for value in row.values()))
     # Off a terminal nothing is cut: other programs read it.
-    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=100_000)
+    console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
     console.print(shown)
     if result.num_rows > 1000:
         console.print(f"the first 1000 of {result.num_rows} rows")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import WinnowError
 
+TAB = "\t"
 #: One row of a source: its text, and its category where one is asked for.
 Row = tuple[str, str]
 
@@ -46,10 +47,15 @@ def rows(source: str, column: str = "text", category: str | None = None, limit: 
     ``column`` holds the text, whatever its case; where it is missing, a column ``prompt`` does. ``category``: the
     column with the category, "" where a row has none; without it all are "".
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # such as a name of 5,000 letters, or nobody's home
+        why = str(error)[:100]
+        raise WinnowError(f"prompts source {source[:60]!r}: cannot be read ({why}); give a file") from error
     kinds: dict[str, Callable[[], Iterable[Row]]] = {
         ".txt": lambda: _plain(_lines(path), source, category),
-        ".tsv": lambda: _csv(path, column, category, "\t"),
+        ".tsv": lambda: _csv(path, column, category, TAB),
         ".csv": lambda: _csv(path, column, category, ","),
         ".jsonl": lambda: _jsonl(path, column, category),
         ".parquet": lambda: _parquet(path, column, category),
@@ -72,7 +78,7 @@ def rows(source: str, column: str = "text", category: str | None = None, limit: 
         found = kinds[path.suffix]()
     try:
         made = list(itertools.islice(found, limit))
-    except (OSError, pa.ArrowInvalid, csv.Error) as error:
+    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError, KeyError) as error:
         raise WinnowError(f"prompts source {source!r}: cannot be read ({error}); mend the file") from error
     if not made:
         raise WinnowError(f"prompts source {source!r}: it is empty; give one prompt a line or row")
@@ -96,25 +102,44 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _columns(names: Sequence[str], column: str, category: str | None, where: object) -> tuple[str, str | None]:
     """The names that the two columns have there."""
-    lower = {name.lower(): name for name in reversed(names)}
+
 
     def place(wanted: str, key: str, *others: str) -> str:
-        for name in (wanted, lower.get(wanted.lower()), *(lower.get(other) for other in others)):
-            if name in names:
-                return str(name)
-        raise WinnowError(f"{where}: no column {wanted!r}; set {key} to one of {', '.join(names)}")
+        if (name := _named(names, wanted, *others)) is None:
+            raise WinnowError(f"{where}: no column {wanted!r}; set {key} to one of {', '.join(names)}")
+        return name
 
     text = place(column, "prompts.column", "prompt")
     return text, place(category, "prompts.balance.column") if category is not None else None
+
+
+def _named(names: Sequence[str], wanted: str, *others: str) -> str | None:
+    """The first of the names that is as wanted, or so whatever its case, or one of the others."""
+    lower = {name.lower(): name for name in reversed(names)}
+    found = (wanted, lower.get(wanted.lower()), *(lower.get(other) for other in others))
+    return next((name for name in found if name in names), None)
 
 
 def _csv(path: Path, column: str, category: str | None, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     # With their line ends: a quoted text may go on in the next line. A NUL or a lone return would end the reading.
     lines = (line.replace("\0", "\ufffd").replace("\r", " ") + "\n" for line in _lines(path))
-    table = csv.DictReader(lines, delimiter=delimiter)
-    text, kind = _columns(table.fieldnames or [], column, category, path)
+    taken: list[str] = []  # by the row that is being read
+    kept = (taken.append(line) or line for line in itertools.dropwhile(str.isspace, lines))
+    table = csv.DictReader(kept, delimiter=delimiter)
+    names = list(table.fieldnames or [])
+    text, kind = _columns(names, column, category, path)
+    taken.clear()
     for row in table:
+        where = f"{path} row {table.line_num - len(taken) + 1}"
+        if len(taken) > 1 and "".join(taken).count('"') % 2:  # the reader takes the file's end for the quote's
+            raise WinnowError(f"{where}: a quote begins there and does not end; end it, or double it within quotes")
+        if None in row:
+            raise WinnowError(
+                f"{where}: has more fields than the {len(names)} of the header; put quotes round texts that hold a "
+                f"{'tab' if delimiter == TAB else 'comma'}"
+            )
+        taken.clear()
         yield row[text] or "", (row[kind] or "") if kind else ""
 
 
@@ -126,12 +151,14 @@ def _jsonl(path: Path, column: str, category: str | None) -> Iterator[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise WinnowError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
-        value = row.get(column, row.get("prompt")) if isinstance(row, dict) else None
-        if not isinstance(value, str):
+        row = row if isinstance(row, dict) else {}
+        text = _named(list(row), column, "prompt")
+        if text is None or not isinstance(row[text], str | None):
             raise WinnowError(f"{path} line {number}: no text in {column!r}; set prompts.column to the right key")
-        if category is not None and category not in row:
+        kind = None if category is None else _named(list(row), category)
+        if category is not None and kind is None:
             raise WinnowError(f"{path} line {number}: no {category!r}; set prompts.balance.column to one of its keys")
-        yield value, _word(row[category]) if category is not None else ""
+        yield row[text] or "", "" if kind is None else _word(row[kind])
 
 
 def _parquet(path: Path, column: str, category: str | None) -> Iterator[Row]:

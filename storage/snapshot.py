@@ -95,7 +95,7 @@ def _read(path: Path, text: bytes) -> Snapshot:
         parts = tuple(Part(**part) for part in body.pop("parts"))
         spent = tuple(Spent(**one) for one in body.pop("spent", ()))
         return Snapshot(parts=parts, spent=spent, **body)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WinnowError(f"{path}: damaged ({error}); restore it, or read an older snapshot") from error
 
 

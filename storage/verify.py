@@ -91,7 +91,7 @@ def _shards(root: Path) -> list[str]:
     problems = []
     for row in _sealed(root, "SELECT path, sha256 FROM shards ORDER BY path"):
         file, cure = root / row["path"], "remove its folder and run 'winnow export' again"
-        if not file.exists():
+        if not file.is_file():
             problems.append(f"{row['path']}: missing; {cure}")
         elif (came := sha256_of(file)) != row["sha256"]:
             problems.append(f"{row['path']}: sha256 is {came}, should be {row['sha256']}; {cure}")

@@ -99,6 +99,20 @@ def test_a_wrong_query_is_one_line(world: World, winnow: Winnow, query: str, sai
     assert said in winnow("sql", query, "--store", world.store).line
 
 
+def test_what_the_formats_cannot_hold_is_not_lost(world: World, winnow: Winnow) -> None:
+    def ask(sql: str, form: str) -> Any:
+        return winnow("sql", sql, "--store", world.store, "--format", form)
+
+    twice = "SELECT 1 AS a, 2 AS a, 3 AS a_1, ':cat:' AS \":dog:\""
+    assert json.loads(ask(twice, "json").out) == [{"a": 1, "a_1": 2, "a_1_1": 3, ":dog:": ":cat:"}]
+    said = ask(twice, "table").out
+    assert all(word in said for word in ("a_1_1", ":dog:", ":cat:", " 2 "))
+    nothing = "SELECT 'nan'::DOUBLE AS n, ['inf'::DOUBLE, 1] AS i"
+    assert json.loads(ask(nothing, "json").out, parse_constant=pytest.fail) == [{"n": None, "i": [None, 1.0]}]
+    assert ask("SELECT INTERVAL 1 DAY AS a", "csv").status == 0
+    assert "--format parquet: " in ask("SELECT INTERVAL 1 DAY AS a", "parquet").line
+
+
 def test_an_unknown_format_is_one_line(world: World, winnow: Winnow) -> None:
     line = winnow("sql", QUERY, "--store", world.store, "--format", "xml").line
     assert "allowed are table, json, csv, parquet" in line

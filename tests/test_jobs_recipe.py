@@ -57,6 +57,7 @@ def test_single_settings_can_be_changed() -> None:
     changed = recipes.override(recipe, sets({"generate.steps": 3, "seed": 9, "select.floors.scene-clip": 0.1}))
     assert (changed.generate.steps, changed.seed, changed.select.floors) == (3, 9, {"scene-clip": 0.1})
     assert recipes.override(changed, sets({"select.floors": {}})).select.floors == {}
+    assert recipes.override(recipe, [(["refine", "where"], True)]).refine.where == "true"
     cleared = recipes.override(changed, sets({"arms.naive.select": {"floors": {}}, "arms.curated": {}}))
     assert cleared.for_arm("naive").select.floors == {} and cleared.for_arm("curated").select.floors
     assert changed.generate.batch == recipe.generate.batch and changed.train == recipe.train
@@ -167,3 +168,30 @@ def test_names_resolve_or_are_refused_with_the_nearest() -> None:
         known("scorer", "opne_clip:x", SCORERS)
     with pytest.raises(WinnowError, match="it must return a Scorer"):
         pick("scorer", "importlib.metadata:packages_distributions", SCORERS, Scorer)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("generate: {steps: 2}\ngenerate: {prompts: 5}\n", "key 'generate' comes twice, in lines 1 and 2; keep one"),
+     ("train:\n  lr: 1\n  lr: 2\n", "key 'lr' comes twice, in lines 2 and 3"),
+     ("rounds: 2020-13-45\n", "not YAML"), (f"seed: {'1' * 5000}\n", "not YAML"), ("[" * 3000, "not YAML")],
+)  # fmt: skip
+def test_what_is_no_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(WinnowError, match=said):
+        recipes.load(str(tmp_path / "mine.yaml"))
+
+
+def test_tables_that_are_merged_are_no_repetition(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "model: embedded\nprompts: {source: embedded}\ngenerate: &it {steps: 2, batch: 4}\n"
+        "arms: {curated: {generate: {<<: *it, steps: 3}}}\n"
+    )
+    recipe = recipes.load(str(tmp_path / "mine.yaml"))
+    assert (recipe.generate.steps, recipe.for_arm("curated").generate.steps) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x.yaml", "a" * 5000, "a\0.yaml", "a" * 5000 + ".yaml"])
+def test_a_recipe_that_is_nowhere_is_one_line(name: str) -> None:
+    with pytest.raises(WinnowError, match=r"unknown; there are|cannot be read"):
+        recipes.load(name)

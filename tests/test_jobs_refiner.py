@@ -286,3 +286,15 @@ def test_pasting_leaves_less_of_a_seam_with_a_wider_blend(pipe: Any, images: np.
 def test_settings_that_cannot_be_are_refused(how: dict[str, Any], line: str) -> None:
     with pytest.raises(WinnowError, match=line):
         Refine(**how)
+
+
+def test_cells_finer_than_the_latents_are_refused() -> None:
+    """Some would be none, and an image its own refinement."""
+    with pytest.raises(WinnowError, match=r"refine\.grid is 16, of latents that are 8×12; give at most 8"):
+        masks.draw(Refine(mask="random", grid=16), 12, 8, 0)
+    assert all(masks.draw(Refine(mask="random", grid=8, share=0.01), 8, 8, seed)[0].sum() == 1 for seed in range(20))
+
+
+def test_a_box_takes_no_latent_by_rounding() -> None:
+    mask = masks.draw(Refine(mask="box", box=(0, 0, 0.28, 0.07)), 100, 25, 0)[0]
+    assert mask[:7, :7].all() and mask.sum() == 49

@@ -175,3 +175,33 @@ def test_datasets_of_the_hub(hub: str, tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     [line] = ask(tmp_path, "http://127.0.0.1:9", ["hub:org/name"], offline=True)
     assert "'hub:org/name': the Hub cannot be reached" in line and "a local folder of Parquet files" in line
+
+
+def test_a_table_with_torn_rows_is_named(tmp_path: Path) -> None:
+    """Where a text would be cut, or swallow those after it."""
+    for name, text, said in (
+        ("a.csv", "text,cat\na red cube, a blue ball,shapes\n", "row 2: has more fields than the 2 .*comma"),
+        ("a.csv", 'text\n"a red cube\na dog\na cat\n', "row 2: a quote begins there and does not end"),
+        ("a.tsv", 'text\tcat\none\tY\n"open sign\tZ\nother\tW\n', "row 3: a quote begins there"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(WinnowError, match=rf"{name} {said}"):
+            read(str(tmp_path / name))
+    (tmp_path / "b.csv").write_text('\n\ntext,cat\n"one, ""two""\nthree",x\n')
+    assert read(str(tmp_path / "b.csv")) == ['one, "two"\nthree']
+
+
+def test_keys_are_found_as_columns_are(tmp_path: Path) -> None:
+    lines = ({"Text": "one", "Cat": 1}, {"text": None, "cat": "x"}, {"Prompt": "two", "cat": None})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert rows(str(tmp_path / "a.jsonl"), category="cat") == [("one", "1"), ("", "x"), ("two", "")]
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    torn = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"text": torn}), tmp_path / "torn.parquet")
+    for source in (tmp_path / "twice.parquet", tmp_path / "torn.parquet", "~nobody-here/x.txt", "a" * 5000 + ".txt"):
+        with pytest.raises(WinnowError, match="cannot be read"):
+            read(str(source))

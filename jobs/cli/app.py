@@ -58,8 +58,10 @@ def setting(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise WinnowError(f"--set {text!r}: not 'key=value'; write for example generate.steps=20")
+    from jobs.recipe import parsed
+
     try:
-        return key.split("."), yaml.safe_load(value)
+        return key.split("."), parsed(value)
     except yaml.YAMLError as error:
         raise WinnowError(f"--set {text!r}: the value is not YAML ({error}); quote it") from error
 

@@ -114,10 +114,15 @@ def replay(
     """Make a sample's image again from its row, and compare."""
     from jobs.replay import replay as again
 
+    if to and to.is_dir():
+        raise WinnowError(f"--to {to}: is a folder; give a file in it, such as both.png")
     found = again(store, sample)
     if to:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        found.side_by_side().save(to, "PNG")
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            found.side_by_side().save(to, "PNG")
+        except OSError as error:
+            raise WinnowError(f"--to {to}: cannot be written ({error}); give another file") from error
     print(f"largest difference {found.largest} of 255, mean {found.mean:.4f}")
     if found.mean > tolerance:
         raise WinnowError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -81,6 +82,10 @@ def page(booth: Booth, token: str, port: int) -> FastAPI:
     @app.exception_handler(WinnowError)
     async def refused(_: Request, error: WinnowError) -> Response:
         return JSONResponse({"error": str(error)}, 409)
+
+    @app.exception_handler(RequestValidationError)
+    async def odd(_: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"error": error.errors()[0]["msg"]}, 422)  # and not what came: it may be no text
 
     @app.get("/")
     def start(request: Request) -> Response:
