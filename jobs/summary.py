@@ -275,7 +275,7 @@ def _story(summary: dict[str, Any]) -> Iterator[str]:
     if "judge_accuracy" in summary["real"]:
         real = shown("judge_accuracy", summary["real"]["judge_accuracy"])
         least = summary["real"].get("fd_real")
-        near = "" if least is None else f", and as many of them are at {shown('fd_real', least)} from the others"
+        near = "" if least is None else f", and as many of them are at a Fréchet distance of {shown('fd_real', least)}"
         yield f"The ceiling: the judge passes {real} of real scenes{near}."
 
 
