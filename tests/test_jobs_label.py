@@ -152,6 +152,7 @@ def test_the_page_is_on_this_machine_alone(store: Path) -> None:
     ("change", "status"),
     [
         ({}, 200), ({"voter": ""}, 422), ({"voter": "a" * 41}, 422), ({"voter": "../../x"}, 422), ({"extra": 1}, 422),
+        ({"voter": "a\ud800"}, 422),
         ({"choice": "left"}, 409), ({"choice": "burn"}, 422), ({"sample": "17"}, 409), ({"sample": "-1"}, 422),
         ({"sample": str(2**70)}, 422), ({"other": "17"}, 409), ({"seconds": -1}, 422), ({"voter": "x" * 5000}, 413),
         ({"sample": "9" * 19}, 409),

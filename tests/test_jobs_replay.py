@@ -51,6 +51,7 @@ def test_another_image_is_no_replay(world: World, winnow: Any, monkeypatch: pyte
 
 def test_what_cannot_come_back_says_why(world: World, winnow: Any, tmp_path: Path) -> None:
     assert "sample 5: not in" in winnow("replay", 5, "--store", world.store).line
+    assert "is a folder; give a file" in winnow("replay", 5, "--store", world.store, "--to", world.store).line
     copy = Path(shutil.copytree(world.store, tmp_path / "copy"))
     number = world.rows("SELECT sample_id FROM samples WHERE round = 2 AND split = 'train' LIMIT 1")[0]["sample_id"]
     for model in (copy / "models").iterdir():

@@ -221,6 +221,7 @@ def test_verify_hashes_the_shards(tmp_path: Path) -> None:
     assert verify(root).ok
     (root / "shards/a/2.parquet").write_bytes(b"tvo")
     (root / "shards/a/3.parquet").unlink()
+    (root / "shards/a/3.parquet").mkdir()  # which is no file either
     other = "tables/samples/x.parquet"
     seal(root, "feed", [commit(root, "samples", other, TABLES["samples"].schema.empty_table())], {})
     (root / other).write_bytes(b"no Parquet")  # hides no shard

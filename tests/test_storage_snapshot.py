@@ -136,7 +136,7 @@ def test_missing_and_damaged_snapshots(root: Path) -> None:
     file = root / "snapshots/000001.json"
     body = json.loads(file.read_text())
     body["parts"][0]["rows"] = 5
-    for text in (json.dumps(body), "{", "[]"):
+    for text in (json.dumps(body), "{", "[]", "[" * 200_000):
         file.write_text(text)
         with pytest.raises(WinnowError, match=r"000001.json: damaged .*; restore it"):
             latest(root)
