@@ -104,9 +104,9 @@ def run() -> list[Ratio]:
     with tempfile.TemporaryDirectory() as name, alone.Pool(1) as mine, alone.Pool(1) as other:
         folder = Path(name)
         build(models.load("embedded"), rows, folder / "cache")
+        what = f"{STEPS} steps of {BATCH} rows; {{:.2%}} of ours was waiting for data"
         for theirs, how in ways.items():
             waited: list[float] = []
-            what = f"{STEPS} steps of {BATCH} rows; {{:.2%}} of ours was waiting for data"
             ratio = compare(
                 f"training, from the cache / {theirs}", what,
                 lambda waited=waited: waited.append(mine.apply(ours, (rows, settings, folder))),

@@ -57,13 +57,14 @@ def study(store: Path, seeds: int, rounds: int, out: Path, settings: Settings) -
         outcome["model"] = Path(outcome["model"]).name
     table = summarise(all_rows)
     recipe = recipes.override(recipes.load("embedded"), list(settings))
+    real = real_figures(recipe)
     found = {"seeds": seeds, "rounds": rounds, "settings": _told(recipe), "machine": machine(), "outcomes": outcomes,
              "table": table}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "study.md").write_text(page(found))
     for metric in METRICS:
-        (out / f"study-{metric}.svg").write_bytes(picture(table, metric, recipe))
+        (out / f"study-{metric}.svg").write_bytes(picture(table, metric, real.get(metric)))
     return out / "study.md"
 
 
@@ -87,16 +88,15 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def picture(table: list[dict[str, Any]], metric: str, recipe: Recipe, arms: Sequence[str] = ()) -> bytes:
-    """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds, and what real
-    images measure that are judged as this recipe says."""
+def picture(table: list[dict[str, Any]], metric: str, ceiling: float | None, arms: Sequence[str] = ()) -> bytes:
+    """An SVG of one metric over the rounds, a line an arm, its band one standard error of the seeds. ``ceiling``: what
+    real images measure."""
     lines = []
     for arm in arms or sorted({row["arm"] for row in table}):
         rows = [row for row in table if row["arm"] == arm and row["metric"] == metric]
         values, halves = [row["mean"] for row in rows], [row["se"] or 0.0 for row in rows]
         if rows:  # an arm may not be played yet
             lines.append(Line(arm, [row["round"] for row in rows], values, halves))
-    ceiling = real_figures(recipe).get(metric)
     uri = curve(name_of(metric), "mean over the seeds ± standard error", lines, ceiling)
     return base64.b64decode(uri.partition(",")[2])
 
@@ -238,9 +238,9 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
             rows += [{"seed": seed, "arm": arm} | row for row in found["rows"] if row["round"] <= study.rounds]
     table, bases = summarise(rows), _bases(study, settings)
     arms = list(study.arms)
+    real = real_figures(arm_of(study, arms[0], 0, settings))
     for metric in METRICS:
-        drawn = picture(table, metric, arm_of(study, arms[0], 0, settings), arms)
-        (out / f"study-{name}-{metric}.svg").write_bytes(drawn)
+        (out / f"study-{name}-{metric}.svg").write_bytes(picture(table, metric, real.get(metric), arms))
     smaller = ", made smaller" if study.common else ""
     lines = [
         f"# Study: {study.question[0].lower()}{study.question[1:]}", "",
@@ -249,7 +249,7 @@ def _write(name: str, study: Study, runs: dict[str, Any], seeds: int, out: Path,
         f"The paper: {study.paper}", "",
         *([f"{lacking} of {seeds * len(study.arms)} runs are not played yet.", ""] if lacking else []),
         " ".join(f"![{name_of(metric)}](study-{name}-{metric}.svg)" for metric in METRICS), "",
-        *_by_round(study, table, seeds, bases), "", *_apart(study, rows, seeds, bases),
+        *_by_round(study, table, seeds, bases, real), "", *_apart(study, rows, seeds, bases),
     ]  # fmt: skip
     page = out / f"study-{name}.md"
     page.write_text("\n".join(lines) + "\n")
@@ -261,8 +261,10 @@ def _bases(study: Study, settings: Settings) -> dict[str, Path]:
     return {arm: _home(Path(), 0, arm_of(study, arm, 0, settings)) for arm in study.arms}
 
 
-def _by_round(study: Study, table: list[dict[str, Any]], seeds: int, bases: dict[str, Path]) -> list[str]:
-    """A table of every base, and of every arm after every round."""
+def _by_round(
+    study: Study, table: list[dict[str, Any]], seeds: int, bases: dict[str, Path], real: dict[str, float]
+) -> list[str]:  # fmt: skip
+    """A table of every base, of every arm after every round, and of what ``real`` scenes measure."""
     first = next(iter(study.arms))
     cells = {(row["arm"], row["round"], row["metric"]): row for row in table}
     lines = ["| arm | round | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
@@ -273,7 +275,6 @@ def _by_round(study: Study, table: list[dict[str, Any]], seeds: int, bases: dict
         figures = [_cell(cells.get((arm, number, metric)), seeds) for metric in METRICS]
         what = arm if number else "the base" if bases[arm] == bases[first] else f"the base of {arm!r}"
         lines.append(f"| {what} | {number} | {' | '.join(figures)} |")
-    real = real_figures(arm_of(study, first, 0))
     figures = [_cell({"mean": real[m], "se": None, "values": [real[m]]}, 1) if m in real else "" for m in METRICS]
     return [*lines, f"| real scenes | | {' | '.join(figures)} |"]
 

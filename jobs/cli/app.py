@@ -55,11 +55,11 @@ def open_run(
 
 def setting(text: str) -> tuple[list[str], Any]:
     """"generate.steps=20" as the path of keys and the value."""
+    from jobs.recipe import parsed
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise WinnowError(f"--set {text!r}: not 'key=value'; write for example generate.steps=20")
-    from jobs.recipe import parsed
-
     try:
         return key.split("."), parsed(value)
     except yaml.YAMLError as error:
