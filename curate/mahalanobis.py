@@ -59,6 +59,11 @@ def mahalanobis(
             # Without row y: cov' = ((M-1) cov - M/(M-1) y y^T) / (M-2), mean' = mean - y/(M-1).
             scale = (count - 1) / (count - 2)
             ridge = shrinkage * (scale * total - norm2 * count / ((count - 1) * (count - 2))) / dim
+            if (ridge < 1e-12 * shrinkage * total / dim).any():
+                raise WinnowError(
+                    "reference rows are all equal but for one, so that without it there is no covariance: use kind "
+                    "'center'"
+                )
         quad = np.sum(squared / ((1 - shrinkage) * scale * values + ridge[:, None]), axis=1)
         if len(values) < dim:
             quad += outside / ridge

@@ -94,7 +94,7 @@ def search(x: Floats, ref: Reference, k: int, share: float = RECALL) -> Neighbou
         query = rows.centred(x[tile], ref.centre, mine)
         found = find(query)
         if (few := (found < 0).any(axis=1)).any():
-            found[few, :k] = flat(query[few])
+            found[few, :k], found[few, k:] = flat(query[few]), -1  # what the index found is among them
         indices[tile], squared[tile] = _measured(x[tile], mine, ref, found, k)
     return Neighbours(indices, squared, recall)
 

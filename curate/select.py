@@ -201,7 +201,7 @@ def _under_quotas(
     kept = first.kept & (place <= room[code])
     reason = first.reason.copy()
     for i in np.flatnonzero(first.kept & ~kept):
-        reason[i] = f"outside quota: rank {place[i]} in {names[code[i]]}, which keeps {room[code[i]]}"
+        reason[i] = f"outside quota: rank {place[i]} in {names[code[i]] or 'no class'}, which keeps {room[code[i]]}"
     return Decision(kept, rank, reason)
 
 

@@ -20,20 +20,26 @@ def weights(d: ArrayLike, beta: float, sigma2: float) -> Float64s:
     d, beta and sigma2 are in the unit of the distance. WinnowError when every weight vanishes, as they do
     with a beta from another metric (the paper's 35 against flattened latents at 181).
     """
-    d = vector("distances", d)
-    if not math.isfinite(beta):
-        raise WinnowError(f"beta is {beta}: give a finite distance")
-    if not (math.isfinite(sigma2) and sigma2 > 0):
-        raise WinnowError(f"sigma2 is {sigma2}: give a number above 0, in the unit of the distance")
-    with np.errstate(over="ignore"):  # exp(-inf) is the 0 that is meant
-        w = np.maximum(np.exp(-np.maximum(d - beta, 0.0) / sigma2), FLOOR)
+    w = damped(d, beta, sigma2)
     if w.max() < LEAST:
+        d = np.asarray(d)
         raise WinnowError(
             f"every weight is below {LEAST:g}: distances run from {d.min():.4g} to {d.max():.4g}, "
             f"beta is {beta:.4g}, sigma2 {sigma2:.4g}; give beta as a quantile of D_0's distance "
             "to itself, or a larger sigma2"
         )
     return w
+
+
+def damped(d: ArrayLike, beta: float, sigma2: float) -> Float64s:
+    """`weights`, also where every one of them vanishes: no more than LEAST is left of any."""
+    d = vector("distances", d)
+    if not math.isfinite(beta):
+        raise WinnowError(f"beta is {beta}: give a finite distance")
+    if not (math.isfinite(sigma2) and sigma2 > 0):
+        raise WinnowError(f"sigma2 is {sigma2}: give a number above 0, in the unit of the distance")
+    with np.errstate(over="ignore"):  # exp(-inf) is the 0 that is meant
+        return np.maximum(np.exp(-np.maximum(d - beta, 0.0) / sigma2), FLOOR)
 
 
 def threshold(self_distances: ArrayLike, quantile: float = 0.9) -> float:

@@ -24,7 +24,7 @@ from jobs.images import images_of, look
 from jobs.run import BASE, Run, ids
 from jobs.score import score, scores_of
 from jobs.scorers import ScorerName
-from jobs.select import fuse, selecting
+from jobs.select import choosing, fuse, selecting
 from jobs.stage import Work, complete, units
 from jobs.train import trained_model
 from jobs.world import WEIGHTS
@@ -105,7 +105,7 @@ def spaces(settings: Evaluate) -> tuple[str, ...]:
 def held_out(recipe: Recipe) -> tuple[str, ...]:
     """The scorers of the evaluation that never choose."""
     named = (*recipe.evaluate.scorers, *([recipe.evaluate.judge] if recipe.evaluate.judge else []))
-    chooses = {*(() if recipe.select.policy == "random" else selecting(recipe)), *recipe.select.floors}
+    chooses = choosing(recipe)
     return tuple(name for name in dict.fromkeys(named) if name not in chooses)
 
 

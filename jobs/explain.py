@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curate.distance import nearest
+from curate.distance import METRICS, nearest
+from jobs import samples
 from jobs.distance import REFERENCE
 from jobs.embed import vectors_of
 from jobs.run import Run
@@ -20,8 +21,8 @@ NEIGHBOURS = 3
 def explain(store: Path, sample: int) -> dict[str, Any]:
     """Where a sample comes from, how it scored, why it was kept or dropped and what it weighs: ``sample`` (its row
     without the image), ``lineage`` (its ancestors, the parent first), ``refinement``, ``children``, ``scores`` with the
-    rank within the prompt, ``distances``, ``nearest`` (rows of D_0), ``selections``, ``shards``; and ``draft``, what
-    early rejection decided of it, alone where that ended it."""
+    rank within the prompt, ``distances``, ``nearest`` (rows of D_0, compared as by the first of the distances),
+    ``selections``, ``shards``; and ``draft``, what early rejection decided of it, alone where that ended it."""
     draft = _draft(store, sample)
     if draft and not draft["kept"]:
         return {"draft": draft}
@@ -32,6 +33,7 @@ def explain(store: Path, sample: int) -> dict[str, Any]:
     def asked(sql: str, **params: Any) -> list[dict[str, Any]]:
         return run.query(sql, id=sample, **params).to_pylist()
 
+    distances = asked("SELECT space, metric, reference, value FROM distances WHERE sample_id = $id ORDER BY ALL")
     return {
         "sample": row,
         "draft": draft,
@@ -49,8 +51,8 @@ def explain(store: Path, sample: int) -> dict[str, Any]:
             "SELECT scorer, value, rank, mates FROM mates WHERE sample_id = $id ORDER BY scorer",
             prompt=row["prompt_id"], round=row["round"], arm=row["arm"], split=row["split"],
         ),
-        "distances": asked("SELECT space, metric, reference, value FROM distances WHERE sample_id = $id ORDER BY ALL"),
-        "nearest": _nearest(run, sample),
+        "distances": distances,
+        "nearest": _nearest(run, row, distances[0]) if distances else [],
         "selections": asked(
             "SELECT selection, round, kept, rank, weight, reason FROM selections WHERE sample_id = $id ORDER BY round"
         ),
@@ -63,22 +65,29 @@ def explain(store: Path, sample: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _nearest(run: Run, sample: int) -> list[dict[str, Any]]:
-    """The rows of D_0 that lie nearest in the space of the distances, where both are embedded."""
-    space = run.recipe.distance.space or ""
+def _nearest(run: Run, row: dict[str, Any], distance: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of D_0, or of its images of the same prompt, that lie nearest by the metric and in the space of a
+    distance, where both are embedded."""
+    sample, space = row["sample_id"], distance["space"]
+    metric = distance["metric"].rpartition("-")[2]
+    metric = metric if metric in METRICS else "l2"  # of Mahalanobis: it compares no two rows
     one = run.query("SELECT vector FROM embeddings WHERE sample_id = $id AND encoder = $e", id=sample, e=space)
     if not one.num_rows:
         return []
     try:
         numbers, reference = vectors_of(run.base(), space, "reference")
-        index, far = nearest(one["vector"].to_pylist(), reference, k=min(NEIGHBOURS + 1, len(reference)))
+        if distance["reference"] != REFERENCE:
+            mine = samples.of(run.base(), "reference")["prompt_id"].to_numpy() == row["prompt_id"]
+            numbers, reference = numbers[mine], reference[mine]
+        index, far = nearest(one["vector"].to_pylist(), reference, min(NEIGHBOURS + 1, len(reference)), metric)
     except WinnowError:  # no D_0, or of another revision of the encoder: 'winnow distance' says so, the rest is told
         return []
     near = [(int(numbers[i]), float(d)) for i, d in zip(index[0], far[0], strict=True) if numbers[i] != sample]
     prompts = run.query("SELECT sample_id, prompt FROM samples WHERE sample_id IN (SELECT unnest($ids))",
                         ids=[number for number, _ in near]).to_pylist()  # fmt: skip
     text = {row["sample_id"]: row["prompt"] for row in prompts}
-    return [{"sample_id": n, "l2": d, "space": space, "prompt": text[n]} for n, d in near[:NEIGHBOURS]]
+    how = {"metric": metric, "space": space}
+    return [{"sample_id": n, "distance": d, **how, "prompt": text[n]} for n, d in near[:NEIGHBOURS]]
 
 
 def _draft(store: Path, sample: int) -> dict[str, Any] | None:
@@ -138,8 +147,8 @@ def words(story: dict[str, Any]) -> str:
     for one in story["distances"]:
         lines.append(f"distance to {one['reference']} in {one['space']}: {one['value']:.4f} ({one['metric']})")
     if story["nearest"]:
-        near = ", ".join(f"{one['sample_id']} ({one['l2']:.4f})" for one in story["nearest"])
-        lines.append(f"nearest in {REFERENCE}: {near}")
+        near = ", ".join(f"{one['sample_id']} ({one['distance']:.4f})" for one in story["nearest"])
+        lines.append(f"nearest in {story['distances'][0]['reference']} by {story['nearest'][0]['metric']}: {near}")
     for one in story["selections"]:
         what = f"kept with weight {one['weight']:.4f}" if one["kept"] and one["weight"] is not None else (
             "kept, not weighed yet" if one["kept"] else f"dropped: {one['reason']}"

@@ -14,7 +14,7 @@ from curate.drift import Interval, Z
 from jobs.evaluate import LOOKS, held_out
 from jobs.progress import say
 from jobs.run import Run
-from jobs.select import selecting
+from jobs.select import choosing
 from jobs.stage import complete, units
 from jobs.train import trained_model
 from schemas.errors import WinnowError
@@ -71,8 +71,7 @@ def warnings(run: Run) -> list[str]:
     ).to_pylist()  # fmt: skip
     series = {row["metric"]: [Interval(*three) for three in row["rounds"]] for row in found}
     recipe = run.recipe
-    used = () if recipe.select.policy == "random" else selecting(recipe)
-    used, others = (map(recipe.evaluate.metric_of, names) for names in (used, held_out(recipe)))
+    used, others = (map(recipe.evaluate.metric_of, names) for names in (choosing(recipe), held_out(recipe)))
     return alarms(
         {name: series[name] for name in used if name in series},
         {name: series[name] for name in others if name in series},
@@ -87,6 +86,7 @@ def guard(run: Run, seconds: float = 0.0) -> rule.Verdict:
     if run.round == 0:
         verdict = rule.Verdict("promote", 0, "the base")
     elif settings.enabled:
+        run.recipe.check_guard()
         verdict = rule.verdict(
             history(run), planned=max(planned, run.round), min_rounds=min(settings.min_rounds, planned),
             patience=settings.patience, diversity_floor=settings.diversity_floor,

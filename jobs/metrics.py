@@ -9,7 +9,7 @@ from typing import Any
 from jobs.evaluate import LOOKS
 from jobs.guard import DISTANCES
 from jobs.recipe import Recipe
-from jobs.select import selecting
+from jobs.select import choosing
 
 HEADLINES = ("judge_accuracy", "fd_real", "fd_d0", "diversity")
 NAMES = {"judge_accuracy": "Judged accuracy", "diversity": "Diversity within a prompt"}
@@ -122,7 +122,7 @@ def _role(metric: str, recipe: Recipe | None) -> str:
         better = "lower is better" if head.startswith(DISTANCES) else "higher is better"
         return "how far from the base's own images" if head.endswith("_d0") else better
     scorer = metric.removeprefix("win_rate:")
-    if recipe and scorer in {*selecting(recipe), *recipe.select.floors}:
+    if recipe and scorer in choosing(recipe):
         kind = "training scorer"
     elif recipe and (scorer in recipe.evaluate.scorers or scorer == "judge_accuracy"):
         kind = "held-out judge" if scorer == "judge_accuracy" else "held-out scorer"

@@ -19,7 +19,7 @@ from jobs.prompts import Prompts
 from jobs.questions import Publish
 from jobs.refine import Refine
 from jobs.score import Score
-from jobs.select import Select, selecting
+from jobs.select import Select, choosing, selecting
 from jobs.tournament import Tournament
 from jobs.train import Train
 from jobs.weigh import Weigh
@@ -91,15 +91,28 @@ class Recipe(Settings):
         pushes up sees no end of progress."""
         if self.weigh.by == "distance" and self.distance.space is None:
             raise WinnowError("weigh.by 'distance' needs distances; set distance.space, or weigh.by to 'nothing'")
-        if not selecting(self) and self.select.reads_scores:
+        if not selecting(self) and self.select.reads_scores and self.select.picks is None:
             raise WinnowError(f"select.policy {self.select.policy!r} needs scores; name scorers in score.scorers")
+        if not selecting(self) and self.weigh.by == "advantage":
+            raise WinnowError("weigh.by 'advantage' needs scores; name scorers in score.scorers, or in select.scorers")
+        asked, have = self.generate.prompts, self.reference.prompts
+        if self.distance.space and self.distance.match == "prompt" and have is not None and (
+            asked is None or asked * self.rounds > have
+        ):  # fmt: skip
+            raise WinnowError(
+                f"distance.match 'prompt' needs D_0 for every prompt of every round, and reference.prompts is {have}; "
+                "set it to null, which is all of them"
+            )
         if self.train.method != "none" and "parquet" not in self.export.formats:
             raise WinnowError(
                 f"export.formats is {', '.join(self.export.formats)}, and training reads Parquet; add parquet, or set "
                 "train.method to 'none'"
             )
-        if not self.guard.enabled:
-            return
+        if self.guard.enabled:
+            self.check_guard()
+
+    def check_guard(self) -> None:
+        """What the guard needs: a metric that is measured and does not select."""
         if self.train.method == "none":
             raise WinnowError("guard judges new models, and train.method is 'none'; set guard.enabled to false")
         if not self.evaluate.space:
@@ -110,8 +123,7 @@ class Recipe(Settings):
         named = [*self.score.scorers, *measured.scorers, *([measured.judge] if measured.judge else [])]
         scored = list(dict.fromkeys(map(measured.metric_of, named)))
         metrics += [*scored, *(f"win_rate:{name}" for name in scored)]
-        used = {*(() if self.select.policy == "random" else selecting(self)), *self.select.floors}
-        selects = set(map(measured.metric_of, used))
+        selects = set(map(measured.metric_of, choosing(self)))
         metrics = [name for name in metrics if name.removeprefix("win_rate:") not in selects]
         if metric not in metrics:
             why = "selects" if metric.removeprefix("win_rate:") in selects else "is not measured"

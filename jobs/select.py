@@ -19,7 +19,9 @@ from jobs import samples, votes
 from jobs.embed import vectors_of
 from jobs.named import guarded, known, yours
 from jobs.pool import ask, pool, scorers
+from jobs.progress import say
 from jobs.refine import not_accepted
+from jobs.rejection import GAPS
 from jobs.run import Run, ids
 from jobs.score import scores_of
 from jobs.stage import Work, complete, units
@@ -69,6 +71,11 @@ class Select(Settings):
             raise WinnowError("select.policy 'sql' and a query in select.sql go together; give both, or none")
         if self.budget is None and self.policy in ("top_k", "diverse", "strata"):
             raise WinnowError(f"select.policy {self.policy!r} needs select.budget; give the number of samples to keep")
+        if self.budget is not None and self.policy == "sql":
+            raise WinnowError(
+                f"select.budget is {self.budget}, and the policy 'sql' keeps what its query gives; write LIMIT "
+                f"{self.budget} there, and set select.budget to null"
+            )
         if self.space is None and (self.policy == "diverse" or self.dedup is not None):
             what = "policy 'diverse'" if self.policy == "diverse" else "dedup"
             raise WinnowError(f"select.{what} needs a space; set select.space to an encoder of embed.encoders")
@@ -94,17 +101,36 @@ def select(run: Run) -> None:
 
 def needed(run: Run) -> tuple[str, ...]:
     """The scorers that every candidate must have been scored by."""
-    settings = run.recipe.select
-    if settings.policy == "sql" or (settings.policy == "random" and not settings.floors):
-        return ()
-    return selecting(run.recipe)
+    settings, recipe = run.recipe.select, run.recipe
+    if settings.policy == "sql":  # which of two duplicates is the better one, a query does not say
+        return () if settings.dedup is None else selecting(recipe) or recipe.score.scorers
+    return () if settings.policy == "random" and not settings.floors else selecting(recipe)
 
 
 def selecting(recipe: Recipe) -> tuple[str, ...]:
-    """The scorers that order the candidates; of a query, those that it names."""
-    if recipe.select.sql is not None:
-        return tuple(name for name in recipe.score.scorers if name in recipe.select.sql)
-    return recipe.score.scorers if recipe.select.scorers is None else recipe.select.scorers
+    """The scorers that order the candidates; of a query, those that it names and those that stand beside it."""
+    select, made = recipe.select, recipe.score.scorers
+    if select.sql is not None:
+        return tuple(name for name in made if name in (select.scorers or ()) or _named(name, select.sql))
+    return made if select.scorers is None else select.scorers
+
+
+def choosing(recipe: Recipe) -> tuple[str, ...]:
+    """The scorers that have a say in what is trained on, and how much it counts: as order, as floor, in early
+    rejection, in refinement or as weight."""
+    select, reject, refine = recipe.select, recipe.generate.reject, recipe.refine
+    orders = select.policy != "random" or recipe.weigh.by == "advantage"
+    names = [*(selecting(recipe) if orders else ()), *select.floors]
+    names += [reject.by] if reject and reject.by not in GAPS else []
+    if refine.where is not None:
+        names += [name for name in recipe.score.scorers if _named(name, refine.where)]
+        names += [refine.scorer] if refine.accept == "better" and refine.scorer else []
+    return tuple(dict.fromkeys(names))
+
+
+def _named(scorer: str, sql: str) -> bool:
+    """Whether a query reads this scorer's column, by whatever case."""
+    return scorer.casefold() in sql.casefold()
 
 
 def picked(run: Run, name: str | None) -> np.ndarray | None:
@@ -171,7 +197,7 @@ def decide(
     fused = np.zeros(len(numbers))
     if used:
         fused = fuse(settings, [scores[name] for name in used], groups)
-    elif settings.reads_scores:
+    elif settings.reads_scores and picks is None:
         raise WinnowError(f"select.policy {settings.policy!r} needs scores; name scorers in score.scorers")
     features = vectors_of(run, settings.space, "train")[1] if settings.space else None
 
@@ -257,4 +283,6 @@ def _strata(run: Run, settings: Select, groups: np.ndarray) -> np.ndarray:
     """The value of the prompts' column for each candidate, by its prompt [N]: a string, "" where there is none."""
     rows = run.query(f"SELECT prompt_id, coalesce({identifier(settings.strata)}::VARCHAR, '') AS name FROM prompts")
     names = dict(zip(rows["prompt_id"].to_pylist(), rows["name"].to_pylist(), strict=True))
+    if not any(names.values()):
+        say(f"select: no prompt has a {settings.strata}, so that all are one stratum; prompts.balance gives them some")
     return np.array([names.get(group, "") for group in groups.tolist()], dtype=str)

@@ -7,6 +7,8 @@ import base64
 import json
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -157,7 +159,7 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
                 if len({row["round"] for row in runs.get(key, {}).get("rows", ())}) <= study.rounds:
                     wanted.setdefault((seed, key), (_home(store, seed, recipe), recipe))
     failed: WinnowError | None = None
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         firsts: dict[Path, Future[None]] = {}
         for (_, key), (home, recipe) in wanted.items():
             if home not in firsts:
@@ -182,6 +184,18 @@ def compare(names: list[str], store: Path, seeds: int, out: Path, settings: Sett
     if failed:
         raise failed
     return [_write(name, study, runs, seeds, out, settings) for name, study in studies.items()]
+
+
+def end_with_parent() -> None:
+    """Let a worker end where its study is killed: it would play on for hours, beside the next one."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def arm_of(study: Study, arm: str, seed: int, settings: Settings = ()) -> Recipe:

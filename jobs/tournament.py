@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from curate.overlap import overlaps, spread
 from jobs import samples
 from jobs.distance import distances_of
 from jobs.embed import vectors_of
-from jobs.run import Run
+from jobs.run import Run, ids
 from jobs.score import scores_of
 from jobs.select import decide, needed, picked
-from jobs.weigh import scale_of
+from jobs.weigh import by_advantage, scale_of
 from schemas.errors import WinnowError, about
 from schemas.settings import Settings
 
@@ -42,10 +43,11 @@ def tournament(run: Run, names: tuple[str, ...] = ()) -> pa.Table:
     """One row a policy, nothing of it kept in the store; ``names``: those to compare, the recipe's own always among
     them.
 
-    kept, prompts: how many samples, of how many prompts; ess: their effective sample size under the recipe's weights;
-    distance: their mean distance to D_0; fd_d0: the Fréchet distance; spread: their variance in that space, where all
-    candidates have 1; score:NAME: their mean score; all of these NULL of a single sample or none. overlap: by policy
-    the share of samples in common (Jaccard).
+    kept, prompts: how many samples, of how many prompts; ess: their effective sample size under the recipe's weights,
+    NULL where all of those vanish; distance: their mean distance to D_0; fd_d0: the Fréchet distance; spread: their
+    variance in that space (or else that of ``select``, or the first encoder's), where all candidates have 1;
+    score:NAME: their mean score; all of these NULL of a single sample or none. overlap: by policy the share of samples
+    in common (Jaccard).
     """
     rows = samples.of(run, "train")
     own = _decided(run, OWN, {}, rows)
@@ -89,19 +91,27 @@ def _decided(run: Run, name: str, changes: dict[str, Any], rows: pa.Table) -> np
 
 def _measures(run: Run, rows: pa.Table) -> dict[str, Any]:
     """What is measured of the kept ones, by name: a function of their mask [N]."""
+    recipe = run.recipe
     found: dict[str, Any] = {}
-    if run.recipe.distance.space is not None:
+    if recipe.weigh.by == "advantage":
+        found["ess"] = partial(_size, by_advantage(run, ids(rows)))
+    if recipe.distance.space is not None:
         _, far = distances_of(run, "train")
-        _, x = vectors_of(run, run.recipe.distance.space, "train")
-        _, d0 = vectors_of(run.base(), run.recipe.distance.space, "reference")
-        if run.recipe.weigh.by == "distance":
-            beta, sigma2 = scale_of(run)
-            found["ess"] = lambda mask: law.effective_sample_size(law.weights(far[mask], beta, sigma2))
-        found |= {
-            "distance": lambda mask: float(far[mask].mean()),
-            "fd_d0": lambda mask: frechet_distance(x[mask], d0),
-            "spread": lambda mask: spread(x[mask]) / spread(x),
-        }
-    for name, values in scores_of(run, "train", run.recipe.score.scorers).items():
+        if recipe.weigh.by == "distance":
+            found["ess"] = partial(_size, law.damped(far, *scale_of(run)))
+        found["distance"] = lambda mask: float(far[mask].mean())
+    if space := next(filter(None, (recipe.distance.space, recipe.select.space, *recipe.embed.encoders)), None):
+        _, x = vectors_of(run, space, "train")
+        if recipe.distance.space is not None:
+            _, d0 = vectors_of(run.base(), space, "reference")
+            found["fd_d0"] = lambda mask: frechet_distance(x[mask], d0)
+        if whole := spread(x):
+            found["spread"] = lambda mask: spread(x[mask]) / whole
+    for name, values in scores_of(run, "train", recipe.score.scorers).items():
         found[f"score:{name}"] = lambda mask, values=values: float(values[mask].mean())
     return found
+
+
+def _size(weights: np.ndarray, mask: np.ndarray) -> float | None:
+    """Effective sample size of the kept ones; None where no weight is left, which 'winnow weigh' refuses."""
+    return law.effective_sample_size(weights[mask]) if weights[mask].max() >= law.LEAST else None

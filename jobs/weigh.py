@@ -40,7 +40,7 @@ class Weigh(Settings):
 
     @model_validator(mode="after")
     def _together(self) -> Weigh:
-        if self.tail <= self.quantile:
+        if self.sigma2 is None and self.tail <= self.quantile:
             raise WinnowError(f"weigh.tail is {self.tail}; give more than weigh.quantile, {self.quantile}")
         return self
 
@@ -80,7 +80,7 @@ def weigh(run: Run) -> None:
     if settings.by == "advantage":
         spec.append([selecting(run.recipe), run.recipe.select.model_dump(mode="json", include={"fuse", "within"})])
     work = units("weights", {"round": run.round, "selection": run.arm}, rows, len(rows), spec)
-    ways = {"distance": partial(_by_distance, run, scale), "advantage": partial(_by_advantage, run)}
+    ways = {"distance": partial(_by_distance, run, scale), "advantage": partial(by_advantage, run)}
     complete(run, "weigh", "weights", work, lambda: _work(run, ways.get(settings.by), scale))
 
 
@@ -89,7 +89,8 @@ def _by_distance(run: Run, scale: tuple[float, float], numbers: np.ndarray) -> n
     return law.weights(_at(numbers, known, values), *scale)
 
 
-def _by_advantage(run: Run, numbers: np.ndarray) -> np.ndarray:
+def by_advantage(run: Run, numbers: np.ndarray) -> np.ndarray:
+    """Weights [N] of these candidates by how much better than their prompt's others they are."""
     settings, rows = run.recipe, samples.of(run, "train")
     used, groups = selecting(settings), rows["prompt_id"].to_numpy()
     if not used:

@@ -2,9 +2,9 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -12,6 +12,14 @@ class Settings(BaseModel):
     """Base of every settings table. Unknown keys are refused together with the keys that exist."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes as true, which Python takes for 1.
+        if isinstance(value, bool) and not _offers_truth(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true and false, yes and no are none of its values")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -23,6 +31,11 @@ class Settings(BaseModel):
                     context = {"key": str(key), "allowed": list(cls.model_fields)}
                     raise PydanticCustomError("unknown_key", "unknown key", context)
         return values
+
+
+def _offers_truth(annotation: Any) -> bool:
+    """Whether a field of this type can be true."""
+    return annotation in (bool, Any) or any(_offers_truth(part) for part in get_args(annotation))
 
 
 def _nearest(word: str, allowed: list[str]) -> str:

@@ -212,6 +212,27 @@ def test_an_index_over_few_rows_finds_all(index: str) -> None:
     np.testing.assert_allclose(values, brute(ref, ref, "l2").mean(axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("index", neighbours.INDEXES[1:])
+def test_what_an_index_does_not_find_counts_no_neighbour_twice(index: str) -> None:
+    """Many neighbours of uneven rows, so that lists run out."""
+    rng = np.random.default_rng(9)
+    ref = (rng.normal(size=(4000, 13)) * rng.exponential(size=(4000, 1))).astype(np.float32)
+    x = rng.normal(size=(200, 13)).astype(np.float32)
+    ready = d.indexed(ref, "l2", index)
+    for k in (20, 50, 100):
+        true = np.sort(brute(x, ref, "l2"), axis=1)[:, :k].mean(axis=1)
+        assert (d.knn_by_index(x, ready, k)[0] >= true * (1 - 1e-5)).all(), k
+        apart = brute(ref[:500], ref, "l2")
+        apart[np.arange(500), np.arange(500)] = np.inf
+        true = np.sort(apart, axis=1)[:, :k].mean(axis=1)
+        assert (d.self_by_index(ready, k)[0][:500] >= true * (1 - 1e-5)).all(), k
+
+
+def test_rows_that_are_equal_but_for_one_have_no_covariance_without_it() -> None:
+    with pytest.raises(WinnowError, match="all equal but for one.*use kind 'center'"):
+        d.self_distance([[0.0], [0.0], [1.0]], "mahalanobis")
+
+
 def test_a_covariance_of_any_shape_is_found_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(8)
     ref, x = rng.normal(size=(9, 30)), rng.normal(size=(4, 30))

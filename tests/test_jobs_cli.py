@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +179,8 @@ def test_explain_tells_programs_the_same(world: World, winnow: Winnow) -> None:
     [choice] = story["selections"]
     assert choice["weight"] == row["weight"] and choice["rank"] == row["rank"] and choice["kept"] is True
     assert [one["scorer"] for one in story["scores"]] == ["scene-clip"] and story["scores"][0]["mates"] == 4
-    near = [one["l2"] for one in story["nearest"]]
+    near = [one["distance"] for one in story["nearest"]]
+    assert {(one["metric"], one["space"]) for one in story["nearest"]} == {("l2", "scene-clip")}
     assert len(near) == 3 and near == sorted(near) and story["lineage"] == []
     # The mean of the ten nearest is what the distance says: the nearest three are no farther.
     assert near[-1] <= story["distances"][0]["value"] * 1.001
@@ -284,6 +287,20 @@ def test_an_arm_that_fails_costs_no_other_and_other_steps_have_a_base_of_their_o
     runs = json.loads((tmp_path / "out" / "studies.json").read_text())
     kinds = [{(row["round"], row["metric"]): row["value"] for row in run["rows"]} for run in runs.values()]
     assert len(kinds) == 2 and kinds[0][0, "fd_real"] != kinds[1][0, "fd_real"]
+
+
+def test_a_killed_study_leaves_no_worker_behind(tmp_path: Path) -> None:
+    words = ["study", "whole", "--store", str(tmp_path / "study"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    script = "from jobs.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE) as study:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("study/seed-*")):  # a worker makes it
+            assert study.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        study.kill()
+        assert study.stdout is not None
+        read, _, _ = select.select([study.stdout], [], [], 60)  # its end comes when no process holds it any more
+        assert read and study.stdout.read() == b""
 
 
 def test_an_unknown_study_is_refused_before_any_work(tmp_path: Path, winnow: Winnow) -> None:

@@ -122,13 +122,32 @@ def test_tables_that_do_not_fit_together_are_refused_at_once(changes: dict[str, 
         ({"evaluate.real": None}, "guard.metric is 'fd_real', which is not measured"),
         ({"evaluate.space": None}, "guard needs the diversity in evaluate.space"),
         ({"distance.space": None}, "weigh.by 'distance' needs distances"),
+        ({"generate.reject": {"at": 0.5, "keep": 2, "by": "scene-reader"}, "guard.metric": "scene-reader"}, "selects"),
+        ({"generate.reject": {"at": 0.5, "keep": 2, "by": "scene-judge"}, "guard.metric": "judge_accuracy"}, "selects"),
+        ({"refine": {"where": "true", "accept": "better", "scorer": "scene-judge"}, "guard.metric": "judge_accuracy"},
+         "selects"),
+        ({"refine": {"accept": "better", "scorer": "scene-judge"}, "guard.metric": "judge_accuracy"}, ""),
+        ({"score.scorers": ["scene-clip", "scene-reader"], "refine.where": '"rank:Scene-Reader" > 1',
+          "select.scorers": ["scene-clip"], "guard.metric": "scene-reader"}, "selects"),
+        ({"select.policy": "random", "weigh.by": "advantage", "guard.metric": "scene-clip"}, "selects"),
+        ({"select": {"policy": "sql", "sql": 'SELECT sample_id FROM candidates WHERE "SCENE-CLIP" > 0'},
+          "guard.metric": "scene-clip"}, "selects"),
+        ({"select": {"policy": "sql", "sql": "SELECT sample_id FROM candidates"}, "guard.metric": "scene-clip"}, ""),
+        ({"select": {"policy": "sql", "sql": "SELECT sample_id FROM candidates"}, "weigh.by": "advantage"},
+         "weigh.by 'advantage' needs scores; name scorers in score.scorers, or in select.scorers"),
+        ({"select": {"policy": "sql", "sql": "SELECT sample_id FROM candidates", "scorers": ["scene-clip"]},
+          "weigh.by": "advantage"}, ""),
+        ({"distance.match": "prompt", "distance.kind": "mean", "reference.prompts": 60, "generate.prompts": 60},
+         "distance.match 'prompt' needs D_0 for every prompt of every round, and reference.prompts is 60"),
+        ({"distance.match": "prompt", "distance.kind": "mean"}, ""),
+        ({"weigh.quantile": 0.995, "weigh.sigma2": 1.0}, ""),
         ({"guard.metric": "judge_accuracy"}, ""),
         ({"guard.metric": "win_rate:scene-reader"}, ""),
         ({"guard.metric": "scene-clip", "guard.enabled": False}, ""),
         ({"guard.metric": "scene-clip", "select.policy": "random"}, ""),
     ],
 )
-def test_a_round_needs_a_guard_that_does_not_select(changes: dict[str, object], said: str) -> None:
+def test_a_round_needs_a_guard_that_does_not_select_and_tables_that_fit(changes: dict[str, object], said: str) -> None:
     recipe = recipes.override(recipes.load("embedded"), sets(changes))
     if not said:
         recipe.check_round()

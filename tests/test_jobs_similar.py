@@ -31,6 +31,12 @@ def test_batches_change_nothing_and_ties_go_by_id() -> None:
         numbers, found = best.found()
         assert set(numbers[:3]) == set(ids[[3, 40, 41]]) and numbers[:3].tolist() == sorted(numbers[:3])
         np.testing.assert_allclose(found, np.sort(likeness)[::-1][:10], atol=1e-6)
+    row, numbers = rng.normal(size=768).astype(np.float32), rng.permutation(70)
+    for size in range(1, 70):  # equal rows are equal, however many of them come together
+        best = Closest(rng.normal(size=768), 70)
+        best.add(numbers[:size], np.tile(row, (size, 1)))
+        best.add(numbers[size:], np.tile(row, (70 - size, 1)))
+        assert best.found()[0].tolist() == list(range(70))
     for query, k, said in ((np.zeros(6), 3, "no direction"), (np.ones(6), 0, "k is 0")):
         with pytest.raises(WinnowError, match=said):
             Closest(query, k)

@@ -16,8 +16,9 @@ from jobs import recipe as recipes
 from jobs import samples
 from jobs.pool import pool
 from jobs.run import Run
-from jobs.select import decide, needed
+from jobs.select import decide, needed, picked
 from jobs.tournament import tournament
+from jobs.weigh import by_advantage
 from schemas.errors import WinnowError
 
 
@@ -161,9 +162,11 @@ def test_a_policy_of_ones_own(world: World, tmp_path: Path, monkeypatch: pytest.
     assert decision.rank.dtype == np.int64 and decision.reason[decision.kept].tolist() == [""]
 
 
-def test_strata_are_the_prompts_own(world: World) -> None:
+def test_strata_are_the_prompts_own(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     decision = kept(changed(world, policy="strata", strata="cluster", budget=6))
     assert decision.kept.sum() == 6
+    assert "no prompt has a cluster, so that all are one stratum" in capsys.readouterr().err
+    assert any("in no class, which keeps 6" in reason for reason in decision.reason)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +185,49 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], s
 
     with pytest.raises(WinnowError, match=said):
         recipes.override(recipes.load("embedded"), sets(changes))
+
+
+def measured(world: World, **changes: Any) -> dict[str, dict[str, Any]]:
+    run = world.runs["curated"]
+    return {row["policy"]: row for row in tournament(replace(run, recipe=recipes.override(run.recipe, sets(changes))))
+            .to_pylist()}  # fmt: skip
+
+
+def test_a_tournament_weighs_as_the_recipe_does_and_does_without_distances(world: World) -> None:
+    run = world.runs["curated"]
+    rows = measured(world, **{"weigh.by": "advantage", "distance.space": None})
+    numbers = samples.of(run, "train")["sample_id"].to_numpy()[kept(run).kept]
+    better = replace(run, recipe=recipes.override(run.recipe, sets({"weigh.by": "advantage"})))
+    w = by_advantage(better, numbers)
+    assert rows["recipe"]["ess"] == pytest.approx(w.sum() ** 2 / (w**2).sum())
+    assert "distance" not in rows["recipe"] and "fd_d0" not in rows["recipe"]
+    assert rows["random"]["spread"] == pytest.approx(measured(world)["random"]["spread"])
+
+
+def test_weights_that_vanish_end_no_tournament(world: World) -> None:
+    rows = measured(world, **{"weigh.beta": 0.0, "weigh.sigma2": 1e-6})
+    assert {row["ess"] for row in rows.values()} == {None} and rows["recipe"]["distance"] > 0
+
+
+def test_a_query_has_no_budget_beside_it(world: World) -> None:
+    query = "SELECT sample_id FROM candidates"
+    with pytest.raises(WinnowError, match="select.budget is 3, and the policy 'sql' keeps what its query gives"):
+        changed(world, policy="sql", sql=query, budget=3)
+
+
+def test_of_duplicates_among_what_a_query_gives_the_best_stays(world: World) -> None:
+    run = changed(world, policy="sql", sql="SELECT sample_id FROM candidates", space="scene-clip", dedup=0.3)
+    decision, plain = kept(run), kept(changed(world, keep=10**6, space="scene-clip", dedup=0.3))
+    assert 0 < decision.kept.sum() < len(decision.kept)
+    np.testing.assert_array_equal(decision.kept, plain.kept)
+
+
+def test_what_people_picked_needs_no_scores(world: World, tmp_path: Path) -> None:
+    numbers = samples.of(world.runs["curated"], "train")["sample_id"].to_pylist()[:3]
+    (tmp_path / "ids").write_text("\n".join(map(str, numbers)))
+    base = changed(world, picks=str(tmp_path / "ids"))
+    run = replace(base, recipe=recipes.override(base.recipe, sets({"score.scorers": [], "weigh.by": "nothing"})))
+    run.recipe.check_round()
+    settings = run.recipe.select
+    decision = decide(run, settings, needed(run), samples.of(run, "train"), picked(run, settings.picks))
+    assert decision.kept.sum() == 3

@@ -44,6 +44,10 @@ def refused(values: Any) -> str:
         ),
         ({}, "demo.yaml: key 'model' is missing; add it"),
         (
+            {"model": "m", "sampler": {"steps": True}},
+            "demo.yaml: sampler.steps is True: true and false, yes and no are none of its values; change it there",
+        ),
+        (
             {"model": "m", "sampler": {"steps": 0}},
             "demo.yaml: sampler.steps is 0: should be greater than 0; change it there",
         ),
