@@ -14,10 +14,12 @@ from typing import Any
 from jobs import devices, hub, models
 from jobs.encoders import encoder
 from jobs.evaluate import real_path, spaces
+from jobs.language.judge import model as judge
 from jobs.language.texts import text_encoder
 from jobs.named import yours
 from jobs.plan import plan
 from jobs.recipe import Recipe
+from jobs.rejection import GAPS
 from jobs.scorers import scorer
 from schemas.errors import WinnowError
 
@@ -139,10 +141,14 @@ def _names(recipe: Recipe) -> Iterator[Finding]:
     asked: list[tuple[str, str, Callable[[str], Any]]] = [("model", recipe.model, models.revision)]
     if recipe.generate.negative:
         asked.append(("model", recipe.generate.negative.model, models.revision))
+    if recipe.prompts.judge.kind == "local" and recipe.prompts.judge.model:
+        asked.append(("judge", recipe.prompts.judge.model, lambda _: judge(recipe.prompts.judge).revision))
     if recipe.refine.where is not None and recipe.refine.model:
         asked.append(("model", recipe.refine.model, models.revision))
     scorers = [*recipe.score.scorers, *recipe.evaluate.scorers, recipe.evaluate.judge]
     scorers += [recipe.refine.scorer] if recipe.refine.where is not None else []
+    if (reject := recipe.generate.reject) and reject.by not in GAPS:
+        scorers.append(reject.by)
     asked += [("scorer", name, lambda name: scorer(name).revision) for name in scorers if name]
     measured = spaces(recipe.evaluate)
     asked += [("encoder", name, lambda name: encoder(name).revision) for name in (*recipe.embed.encoders, *measured)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs import devices, models
 from jobs.images import SIDE, Format, encode, fault
@@ -66,6 +66,11 @@ class Generate(Settings):
     compile: bool = False
     retries: int = Field(2, ge=0)
     reject: Reject | None = None
+
+    @field_validator("negative")
+    @classmethod
+    def _led(cls, negative: Negative | None) -> Negative | None:
+        return negative if negative and negative.weight else None  # weight 0 leads nowhere, at twice the cost
 
     @model_validator(mode="after")
     def _limits(self) -> Generate:

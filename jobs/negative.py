@@ -13,6 +13,7 @@ from torch import nn
 
 from jobs import models
 from jobs.families import family
+from jobs.objective import objective
 from schemas.errors import WinnowError
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Away(nn.Module):
-    """A denoiser in the place of ``model``, with its configuration, that keeps away from ``other``."""
+    """A denoiser in the place of ``model``, with its configuration, that keeps away from ``other``: ``passes`` network
+    evaluations in one."""
+
+    passes = 2
 
     def __init__(self, model: nn.Module, other: nn.Module, weight: float) -> None:
         super().__init__()
@@ -42,14 +46,26 @@ class Away(nn.Module):
 
 
 def lead_away(pipe: Any, negative: Negative) -> None:
-    """Let the pipeline sample away from the other model; WinnowError where that is of another shape."""
+    """Let the pipeline sample away from the other model; WinnowError where that is of another kind or shape."""
     kind = family(pipe)
     model = kind.model(pipe)
-    other = kind.model(models.load(negative.model, model.dtype))
+    theirs = models.load(negative.model, model.dtype)
+    if family(theirs) is not kind:
+        raise WinnowError(
+            f"generate.negative.model {negative.model!r}: is a {type(theirs).__name__}, and the model a "
+            f"{type(pipe).__name__}; give one that was trained from this model"
+        )
+    other = kind.model(theirs)
     shapes, others = ({n: p.shape for n, p in one.named_parameters() if "lora" not in n} for one in (model, other))
     if list(shapes.values()) != list(others.values()):
         raise WinnowError(
             f"generate.negative.model {negative.model!r}: its denoiser is of another shape; give one that was trained "
             "from this model"
+        )
+    mine, its = (objective(one.scheduler).kind for one in (pipe, theirs))
+    if mine != its:
+        raise WinnowError(
+            f"generate.negative.model {negative.model!r}: predicts {its!r}, and the model {mine!r}; give one that was "
+            "trained from this model"
         )
     setattr(pipe, kind.denoiser, Away(model, other, negative.weight).eval())

@@ -152,9 +152,10 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
         "training state": (4 if trained.ema else 3) * weights,
     }
 
-    def image(steps: float, guidance: float) -> float:
+    def image(name: str) -> float:
         """TFLOP of an image."""
-        return steps * (2 if guidance > 1 and not _told(recipe.model) else 1) * shape.step + shape.decode
+        guided = 2 if guidance[name] > 1 and not _told(recipe.model) else 1
+        return steps[name] * guided * networks[name] * shape.step + shape.decode
 
     begun = made.steps * made.images_per_prompt
     if made.reject:
@@ -167,10 +168,11 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     guidance = dict.fromkeys(images, made.guidance)
     if again.guidance is not None:
         guidance["refined"] = again.guidance
+    networks = dict.fromkeys(images, 2 if made.negative else 1) | {"D_0": 1} | ({"refined": 1} if again.model else {})
     # Backward costs twice the forward pass; checkpointing repeats the forward pass.
     sample = (4 if trained.checkpointing else 3) * shape.step
     per_hour = tflops * 3600
-    hours = {name: count * image(steps[name], guidance[name]) / per_hour for name, count in images.items()}
+    hours = {name: count * image(name) / per_hour for name, count in images.items()}
     hours["training"] = judged * rounds * trained.steps * trained.batch * sample / per_hour
     return Plan(images, disk, hours, tflops, (width, height), spared)
 

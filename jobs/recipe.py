@@ -103,6 +103,7 @@ class Recipe(Settings):
                 f"distance.match 'prompt' needs D_0 for every prompt of every round, and reference.prompts is {have}; "
                 "set it to null, which is all of them"
             )
+        self._check_neon()
         if self.train.method != "none" and "parquet" not in self.export.formats:
             raise WinnowError(
                 f"export.formats is {', '.join(self.export.formats)}, and training reads Parquet; add parquet, or set "
@@ -110,6 +111,23 @@ class Recipe(Settings):
             )
         if self.guard.enabled:
             self.check_guard()
+
+    def _check_neon(self) -> None:
+        """Neon goes away from what it trains on, which must not be what is better than the rest."""
+        select, reject = self.select, self.generate.reject
+        if self.train.neon is None or self.train.method == "none":
+            return
+        if self.train.neon_on == "selection" and (select.policy != "random" or select.floors or select.picks):
+            other = "set train.neon_on to 'candidates', or " if self.train.method == "full" else ""
+            raise WinnowError(
+                f"train.neon on 'selection' goes away from what is selected by {select.policy!r}, floors or "
+                f"picks; {other}set select.policy to 'random' without them"
+            )
+        if reject is not None:
+            raise WinnowError(
+                f"train.neon goes away from candidates as they come, and generate.reject keeps those that "
+                f"{reject.by!r} prefers; set one of the two to null"
+            )
 
     def check_guard(self) -> None:
         """What the guard needs: a metric that is measured and does not select."""

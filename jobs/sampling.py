@@ -126,6 +126,7 @@ def walk(
     kind, scheduler, n = family(pipe), deepcopy(pipe.scheduler), len(noise)
     predicts, dtype = objective(scheduler).kind, kind.model(pipe).dtype
     guided = kind.guided and guidance > 1
+    passes = getattr(kind.model(pipe), "passes", 1) * (2 if guided else 1)
     if guided:
         assert untold is not None, "guidance takes the condition of no text"
         told = {key: torch.cat([untold[key], value]) for key, value in told.items()}
@@ -160,7 +161,7 @@ def walk(
             assert clean is not None, "a mask keeps clean latents"
             last = i == len(times) - 1
             x = torch.where(mask, x, clean if last else _noised(scheduler, clean, noise, times[i + 1]))
-        rows = yield Step(x, float(t), estimate, gap, (i + 1) * (2 if guided else 1))
+        rows = yield Step(x, float(t), estimate, gap, (i + 1) * passes)
         if rows is not None:
             some = torch.as_tensor(rows, device=x.device)
             twice = torch.cat([some, some + len(x)]) if guided else some

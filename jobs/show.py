@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -91,4 +92,6 @@ def _text(value: object) -> str:
 def _plain(value: object) -> object:
     import base64
 
+    if isinstance(value, Decimal):  # as sums of whole numbers are
+        return int(value) if value == value.to_integral_value() else float(value)
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

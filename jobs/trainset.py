@@ -66,7 +66,8 @@ def rows_of(run: Run, paths: Sequence[str]) -> list[pa.Table]:
 def at_random(run: Run, paths: Sequence[str], count: int) -> pa.Table:
     """``count`` of the round's candidates (all, if there are fewer), whatever they are worth, where they stand in the
     parts ``paths``; each of weight 1."""
-    numbers = ids(samples.of(run, "train"))
+    rows = samples.of(run, "train")
+    numbers = ids(rows.filter(rows["parent_id"].is_null()))  # none that a refinement was chosen for
     some = np.random.default_rng(run.seed("unselected", run.round)).permutation(numbers)[:count]
     return _placed(run, paths, some, np.ones(len(some)), [])
 

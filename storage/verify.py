@@ -120,7 +120,10 @@ def _notes(root: Path, sealed: set[str]) -> list[str]:
     for path in sorted((root / "tables").rglob("*")):
         relative = path.relative_to(root).as_posix()
         if path.is_file() and relative not in sealed:
-            notes.append(f"{relative}: not sealed; a stage was interrupted, or is still running")
+            notes.append(
+                f"{relative}: not sealed; a stage is still running, or was interrupted and goes on with the same "
+                "settings alone; safe to remove when nothing is running"
+            )
     for path in sorted((root / "staging").glob("*")):
         notes.append(f"staging/{path.name}: left over; safe to remove when nothing is running")
     return notes

@@ -60,6 +60,8 @@ def test_sql_as_a_table(world: World, winnow: Winnow) -> None:
 
 def test_sql_as_json(world: World, winnow: Winnow) -> None:
     assert json.loads(winnow("sql", QUERY, "--store", world.store, "--format", "json").out) == world.rows(QUERY)
+    whole = winnow("sql", "SELECT sum(7) AS n, 1.5::DECIMAL(4, 2) AS d", "--store", world.store, "--format", "json").out
+    assert whole.strip() == '[{"n": 7, "d": 1.5}]'  # a sum of whole numbers is one
     query = "SELECT scores, weight, image FROM curated LIMIT 2"
     said = winnow("sql", query, "--store", world.store, "--format", "json")
     assert set(json.loads(said.out)[0]["scores"]) >= {"scene-clip"}

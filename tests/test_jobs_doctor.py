@@ -48,6 +48,13 @@ def test_what_is_missing_is_named_with_its_cure(
     assert "must be importable" in found["scorer nobody.wrote:this"][1]
 
 
+def test_the_scorer_of_early_rejection_and_a_judge_of_its_own_are_looked_for(winnow: Winnow, tmp_path: Path) -> None:
+    asked = ("--set", "generate.reject={by: hps-v2.1:/nowhere, keep: 2}")
+    asked += ("--set", "prompts.judge={kind: local, model: ./no}")
+    said = winnow("doctor", "--recipe", "embedded", "--store", tmp_path / "s", *asked)
+    assert said.status == 2 and "scorer hps-v2.1:/nowhere" in said.out and "judge ./no" in said.out
+
+
 def test_a_round_that_a_loop_would_refuse_is_wrong(winnow: Winnow, tmp_path: Path) -> None:
     where = ("doctor", "--recipe", "embedded", "--store", tmp_path, "--prompts", 180)
     said = winnow(*where, "--set", "guard.metric=scene-clip")

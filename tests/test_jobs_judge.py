@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from jobs import recipe as recipes
 from jobs.language.answers import Task, answers
 from jobs.language.endpoint import Endpoint, Reply
-from jobs.language.judge import QUESTION, grades, question, quoted
+from jobs.language.judge import QUESTION, Judge, grades, model, question, quoted
 from jobs.prompts import prompts
 from jobs.run import Run
 from schemas.errors import WinnowError
@@ -256,9 +256,70 @@ def test_one_prompt_that_always_fails_is_a_reject_and_no_end(server: Server, tmp
     assert server.asked == Counter(TEXTS) + Counter({poison: 1, "control": 1})
 
 
+def test_what_may_pass_is_asked_again_and_drops_no_prompt_when_it_is_many(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = set(TEXTS[:5])
+
+    def act(handler: Handler, prompt: str, number: int) -> None:
+        time.sleep(1.0 if prompt in slow else 0.0)
+        handler.good()
+
+    server.act = act
+    with pytest.raises(WinnowError) as caught:
+        prompts(a_run(tmp_path, server.url, timeout=0.3, tries=2))
+    assert "judge: 5 of 30 got no answer, such as 'a " in str(caught.value)
+    assert "no answer within 0.3 s in 2 tries); raise prompts.judge.timeout" in str(caught.value)
+    assert "the 25 answers so far are kept" in str(caught.value)
+    run = a_run(tmp_path, server.url, timeout=20.0)
+    assert not slow & set(answered(run)) and len(answered(run)) == 25
+    server.asked.clear()
+    slow.clear()
+    prompts(run)
+    assert server.asked == Counter(TEXTS[:5]) and set(reasons(run).values()) == {None}
+
+
+def test_half_a_character_in_an_answer_is_replaced(server: Server, tmp_path: Path) -> None:
+    odd = {TEXTS[0]: '{"clarity": 8, "specificity": 7} \ud83d', TEXTS[1]: "\ud83d"}
+    error = {TEXTS[2]: b'{"error": {"message": "refused \\ud83d"}}'}
+
+    def act(handler: Handler, prompt: str, number: int) -> None:
+        if prompt in error:
+            handler.send(400, error[prompt])
+        else:
+            handler.say(odd[prompt]) if prompt in odd else handler.good()
+
+    server.act = act
+    run = a_run(tmp_path, server.url)
+    prompts(run)
+    assert {text for text, why in reasons(run).items() if why} == {TEXTS[1], TEXTS[2]}
+    assert answered(run)[TEXTS[0]]["reply"].endswith(" ?") and "refused ?" in str(reasons(run)[TEXTS[2]])
+
+
+def test_one_prompt_that_moderation_forbids_is_a_reject_and_no_end(server: Server, tmp_path: Path) -> None:
+    said = json.dumps({"error": {"message": "flagged"}}).encode()
+    server.act = lambda handler, prompt, number: handler.send(403, said) if prompt == TEXTS[3] else handler.good()
+    run = a_run(tmp_path, server.url)
+    prompts(run)
+    assert reasons(run)[TEXTS[3]] == "not judged: no answer: HTTP 403 (flagged)"
+
+
+def test_an_error_that_comes_as_an_answer_says_what_it_is(server: Server, tmp_path: Path) -> None:
+    server.act = lambda handler, prompt, number: handler.send(200, b'{"error": {"message": "Rate limit"}}')
+    with pytest.raises(WinnowError, match=r"no chat completion \(Rate limit\) in 2 tries"):
+        prompts(a_run(tmp_path, server.url, tries=2))
+
+
+def test_the_limit_of_variants_is_longer_by_whatever_name() -> None:
+    judge = Judge(kind="endpoint", url="http://x/v1", model="m", options={"max_completion_tokens": 50})
+    assert model(judge).body["max_completion_tokens"] == 50
+    assert model(judge, 800).body["max_completion_tokens"] == 800
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
+        (402, "HTTP 402 (no such model); see to the account of the key"),
         (401, "check the key in JUDGE_KEY"), (403, "check the key in JUDGE_KEY"),
         (404, "HTTP 404 (no such model); check prompts.judge.url and model"), (302, "HTTP 302"),
         (400, "HTTP 400 (no such model)"), (422, "HTTP 422 (no such model)"),
@@ -417,6 +478,14 @@ def test_the_key_is_nowhere(
         ({"url": "http://localhost:port/v1"}, "url: not an address"),
         ({"api_key": KEY}, "unknown key 'prompts.judge.api_key'; allowed keys: kind, url"),
         ({"url": "http://exämple/v1"}, "url: not an address"),
+        ({"url": "http://a..b/v1"}, "url: not an address"),
+        ({"url": f"http://localhost/v1?code={KEY}"}, "url: holds a key"),
+        ({"url": f"http://localhost/v1#{KEY}"}, "url: holds a key"),
+        ({"url": f"http://localhost/{KEY}/v1"}, "url: holds a key"),
+        ({"options": {"api_key": KEY}}, "options: one of them is a key, or a header"),
+        ({"options": {"more": [{"extra_headers": {"Authorization": KEY}}]}}, "options: one of them is a key"),
+        ({"options": {"temperature": float("nan")}}, "options: JSON cannot hold them"),
+        ({"timeout": 1e12}, "prompts.judge.timeout is 1000000000000.0"),
         ({"options": {"stream": True}}, "prompts.judge.options.stream: is not free to choose"),
         ({"url": None}, "'endpoint' needs prompts.judge.url"),
         ({"model": ""}, "'endpoint' needs prompts.judge.model"),

@@ -55,3 +55,23 @@ def test_without_weight_or_with_itself_nothing_moves(pair: tuple[Path, Path]) ->
 def test_another_architecture_is_refused(stable_diffusion: Path) -> None:
     with pytest.raises(WinnowError, match=r"generate\.negative\.model 'embedded': its denoiser is of another shape"):
         sampler(str(stable_diffusion), Generate(negative=Negative(model="embedded")))
+
+
+def test_a_model_of_another_kind_is_refused(stable_diffusion: Path, tmp_path: Path) -> None:
+    other = pipelines.build("sd3-no-t5", tmp_path / "sd3")
+    with pytest.raises(WinnowError, match="is a StableDiffusion3Pipeline, and the model a StableDiffusionPipeline"):
+        sampler(str(stable_diffusion), settings(other))
+    pipe = models.load(str(stable_diffusion))
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "v")
+    with pytest.raises(WinnowError, match="predicts 'v_prediction', and the model 'epsilon'"):
+        sampler(str(stable_diffusion), settings(tmp_path / "v"))
+
+
+def test_weight_0_is_none_and_two_networks_are_counted(pair: tuple[Path, Path]) -> None:
+    one, other = pair
+    assert settings(other, 0.0) == settings(None)
+    counted = []
+    for away in (settings(None), settings(other)):
+        counted.append([step.evaluations for step in sampler(str(one), away).walk(WORDS[:2], [1, 2])][-1])
+    assert counted[1] == 2 * counted[0]

@@ -141,6 +141,11 @@ def test_tables_that_do_not_fit_together_are_refused_at_once(changes: dict[str, 
          "distance.match 'prompt' needs D_0 for every prompt of every round, and reference.prompts is 60"),
         ({"distance.match": "prompt", "distance.kind": "mean"}, ""),
         ({"weigh.quantile": 0.995, "weigh.sigma2": 1.0}, ""),
+        ({"train.neon": 0.5}, "goes away from what is selected by 'best_of_n', floors or picks; set train.neon_on"),
+        ({"train.neon": 0.5, "select.policy": "random"}, ""),
+        ({"train.neon": 0.5, "train.neon_on": "candidates"}, ""),
+        ({"train.neon": 0.5, "train.neon_on": "candidates", "generate.reject": {"by": "scene-clip", "keep": 8}},
+         "generate.reject keeps those that 'scene-clip' prefers"),
         ({"guard.metric": "judge_accuracy"}, ""),
         ({"guard.metric": "win_rate:scene-reader"}, ""),
         ({"guard.metric": "scene-clip", "guard.enabled": False}, ""),
@@ -155,6 +160,12 @@ def test_a_round_needs_a_guard_that_does_not_select_and_tables_that_fit(changes:
     with pytest.raises(WinnowError) as caught:
         recipe.check_round()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-fast"])
+def test_the_control_arm_takes_no_part_in_early_rejection(name: str) -> None:
+    recipe = recipes.override(recipes.load(name), sets({"generate.reject": {"by": "scene-clip", "keep": 2}}))
+    assert recipe.for_arm("curated").generate.reject and recipe.for_arm("naive").generate.reject is None
 
 
 def test_infinite_settings_are_refused() -> None:

@@ -230,6 +230,10 @@ def test_refinements_are_planned(run: Run) -> None:
     guided = refined(where="true", level=0.5, steps=12, guidance=2.0)
     assert guided.hours["refined"] > 1.5 * one.hours["refined"]
     assert guided.hours["candidates"] == one.hours["candidates"]
+    away = plan(recipes.override(run.recipe, sets({"generate.negative": {"model": "embedded", "weight": 0.5}})), 180)
+    plain = plan(run.recipe, 180)
+    for name, times in {"candidates": 2, "evaluation": 2, "D_0": 1}.items():  # but for the decoding
+        assert 0.75 * times * plain.hours[name] < away.hours[name] <= times * plain.hours[name]
 
 
 def killed(store: str) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.language.endpoint import Down, Reply
-from jobs.progress import bar
+from jobs.progress import bar, say
 from jobs.run import Run
 from schemas.errors import WinnowError
 from schemas.ids import digest, sample_id
@@ -25,6 +25,7 @@ from storage.layout import part_path
 from storage.snapshot import latest, seal
 
 UNIT = 64
+SPARED = 0.1  # share of the questions that may stay without an answer: more are the server's fault, not theirs
 
 
 class Model(Protocol):
@@ -49,7 +50,8 @@ class Task:
 def answers(run: Run, task: Task, model: Model, texts: Sequence[str]) -> list[dict[str, Any]]:
     """A row of the table ``answers`` for each text, in order; only what the store does not have is asked.
 
-    WinnowError where the model is not to be reached; the answers up to there are kept and sealed.
+    WinnowError where the model is not to be reached, or too many get no answer; the answers up to there are kept and
+    sealed. What may be answered another time is no row of the store, and asked again.
     """
     # The question that a fixed text becomes stands for the wording of all of them.
     revision = digest([model.revision, task.name, task.question("a cat")])
@@ -60,12 +62,19 @@ def answers(run: Run, task: Task, model: Model, texts: Sequence[str]) -> list[di
     known = {row["text_id"] for part in parts for row in _rows(run, part)}
     todo = [number for number in numbers if number not in known]
     before = len(numbers) - len(todo)
+    unanswered: dict[int, dict[str, Any]] = {}
 
     def keep(unit: list[int], replies: dict[int, Reply]) -> None:
         made = []
         for i, reply in sorted(replies.items()):
             row = {"text_id": unit[i], "task": task.name, "text": numbers[unit[i]], "model": model.name}
-            made.append(row | {"revision": revision} | _read(task, reply))
+            row |= {"revision": revision} | _read(task, reply)
+            if reply.passing:
+                unanswered[unit[i]] = dict.fromkeys(schema.names) | row
+            else:
+                made.append(row)
+        if not made:
+            return
         path = part_path("answers", folders, f"{len(parts):05d}", digest([row["text_id"] for row in made]))
         parts.append(commit(run.store, "answers", path, pa.Table.from_pylist(made, schema=schema)))
 
@@ -80,13 +89,24 @@ def answers(run: Run, task: Task, model: Model, texts: Sequence[str]) -> list[di
                 finally:
                     if replies:
                         keep(unit, replies)
-                        before += len(replies)
+                        before += sum(not reply.passing for reply in replies.values())
     except Down as error:
         raise WinnowError(f"{error}; the {before} answers so far are kept, run again to go on from them") from None
     finally:
         if parts:
             seal(run.store, task.name, parts, run.recipe.model_dump(mode="json"))
-    rows = {row["text_id"]: row for part in parts for row in _rows(run, part)}
+    if unanswered:
+        few, first = len(unanswered) <= SPARED * len(numbers), next(iter(unanswered.values()))
+        line = (
+            f"{task.name}: {len(unanswered)} of {len(numbers)} got no answer, such as {first['text'][:60]!r} "
+            f"({first['problem']})"
+        )
+        if not few:
+            raise WinnowError(
+                f"{line}; raise prompts.judge.timeout or tries and run again: the {before} answers so far are kept"
+            )
+        say(line)
+    rows = {row["text_id"]: row for part in parts for row in _rows(run, part)} | unanswered
     return [rows[sample_id([task.name, text])] for text in texts]
 
 

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from schemas.errors import WinnowError
 from schemas.ids import digest
@@ -26,16 +27,19 @@ from schemas.ids import digest
 LARGEST = 4 * 2**20  # bytes of an answer
 LONGEST_TEXT = 20_000  # characters of it that are kept
 LONGEST_WAIT = 600.0  # seconds that Retry-After may ask for
+#: Names in an address that stand before a secret.
+KEYS = re.compile("key|token|secret|auth|pass|^sig$|^code$|signature|credential", re.IGNORECASE)
 LONGEST_BACKOFF = 60.0  # seconds between two tries of our own accord
 # Asked where one question fails for good: is it the question's fault, or is nobody there?
 CONTROL = "Reply with the word yes."
 
 
 class Reply(NamedTuple):
-    """What the model said, or why there will be no answer to this question."""
+    """What the model said, or why there is no answer to this question; ``passing``: there may be one another time."""
 
     text: str | None
     problem: str | None = None
+    passing: bool = False
 
 
 class Down(Exception):
@@ -51,7 +55,11 @@ class _Again(Exception):
 
 
 class _Refused(Exception):
-    """The request itself is refused, and would be again."""
+    """The request itself is refused, and would be again. ``cure``: where all of them are."""
+
+    def __init__(self, problem: str, cure: str = "check prompts.judge.model and options") -> None:
+        super().__init__(problem)
+        self.cure = cure
 
 
 class _Stopped(Exception):
@@ -126,7 +134,7 @@ class Endpoint:
             try:
                 return self._try(question, stop)
             except _Refused as error:
-                return self._blame(str(error), stop)
+                return self._blame(str(error), stop, passing=False)
             except _Again as error:
                 problem = f"{error.problem} in {self.tries} tries" if self.tries > 1 else error.problem
                 wait = min(LONGEST_BACKOFF, self.backoff * 2**attempt) * (1 - self.chance() / 2)
@@ -137,17 +145,17 @@ class Endpoint:
                         self.not_before = max(self.not_before, time.monotonic() + error.wait)
                 if attempt + 1 < self.tries and stop.wait(wait):
                     raise _Stopped from None
-        return self._blame(problem, stop)
+        return self._blame(problem, stop, passing=True)
 
-    def _blame(self, problem: str, stop: threading.Event) -> Reply:
+    def _blame(self, problem: str, stop: threading.Event, passing: bool) -> Reply:
         """A question that gets no answer is at fault itself where one that cannot be gets one."""
         try:
             self._try(CONTROL, stop)
         except _Again:
             raise Down(f"{self._who()}: {problem}; check prompts.judge.url") from None
-        except _Refused:
-            raise Down(f"{self._who()}: {problem}; check prompts.judge.model and options") from None
-        return Reply(None, f"no answer: {problem}")
+        except _Refused as error:
+            raise Down(f"{self._who()}: {problem}; {error.cure}") from None
+        return Reply(None, f"no answer: {problem}", passing)
 
     def _try(self, question: str, stop: threading.Event) -> Reply:
         """One request."""
@@ -167,12 +175,16 @@ class Endpoint:
                 data = _whole(response, until)
         except urllib.error.HTTPError as error:
             with error:
-                problem = f"HTTP {error.code}{self._said(error, until)}"
+                problem = f"HTTP {error.code}{self._why(error, until)}"
             if error.code in (408, 409, 425, 429) or error.code >= 500:
                 raise _Again(problem, _retry_after(error.headers.get("Retry-After"))) from None
-            if error.code in (401, 403):
-                cure = f"check the key in {self.key_env}" if self.key else "name its variable in prompts.judge.key_env"
-                raise Down(f"{self._who()}: HTTP {error.code}; {cure}") from None
+            cure = f"check the key in {self.key_env}" if self.key else "name its variable in prompts.judge.key_env"
+            if error.code == 401:
+                raise Down(f"{self._who()}: {problem}; {cure}") from None
+            if error.code == 402:
+                raise Down(f"{self._who()}: {problem}; see to the account of the key") from None
+            if error.code == 403:  # of the key, or of this one question, as moderation answers
+                raise _Refused(problem, cure) from None
             if error.code in (404, 405) or error.code < 400:
                 raise Down(f"{self._who()}: {problem}; check prompts.judge.url and model") from None
             raise _Refused(problem) from None
@@ -186,23 +198,32 @@ class Endpoint:
             text = choice["message"]["content"]
             ended = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _Again("an answer that is no chat completion") from None
+            raise _Again(f"an answer that is no chat completion{self._said(data)}") from None
         if not isinstance(text, str) or not text.strip():
             return Reply(None, f"the model says nothing (finish_reason {str(ended)[:40]})")
-        text = self._without_key(text)[:LONGEST_TEXT]
+        text = self._clean(text)[:LONGEST_TEXT]
         return Reply(text, "half an answer: cut at the longest length" if ended == "length" else None)
 
-    def _said(self, error: urllib.error.HTTPError, until: float) -> str:
+    def _why(self, error: urllib.error.HTTPError, until: float) -> str:
         """What the server says about its error, short."""
         try:
-            said = json.loads(_whole(error, until))
-            words = said["error"]["message"] if isinstance(said["error"], dict) else said["error"]
-        except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException, RecursionError):
+            return self._said(_whole(error, until))
+        except (OSError, http.client.HTTPException):
             return ""
-        words = self._without_key(" ".join(str(words).split()))
+
+    def _said(self, data: bytes) -> str:
+        """The error that a body tells of, short."""
+        try:
+            said = json.loads(data)
+            words = said["error"]["message"] if isinstance(said["error"], dict) else said["error"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ""
+        words = self._clean(" ".join(str(words).split()))
         return f" ({words[:160]})" if words else ""
 
-    def _without_key(self, text: str) -> str:
+    def _clean(self, text: str) -> str:
+        """Without the key, and without halves of characters, which JSON can hold and no file."""
+        text = text.encode(errors="replace").decode()
         return text.replace(self.key, "[key]") if self.key else text
 
     def _who(self) -> str:
@@ -215,12 +236,13 @@ def check_url(url: str) -> str:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isascii() and url.isprintable()
         fine = fine and " " not in url
-        _ = parts.port
+        _ = parts.port, (parts.hostname or "").encode("idna")
     except ValueError:
         fine = False
     if not fine:
         raise WinnowError("prompts.judge.url: not an address; write for example http://localhost:8000/v1")
-    if "@" in parts.netloc or any(word in parts.query.lower() for word in ("key=", "token=", "secret=")):
+    asked = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    if "@" in parts.netloc or parts.fragment or "sk-" in url or any(KEYS.search(name) for name in asked):
         raise WinnowError("prompts.judge.url: holds a key; put it into an environment variable, named in key_env")
     return url
 

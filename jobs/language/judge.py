@@ -36,6 +36,11 @@ Answer with this JSON object and nothing else: {{"clarity": 1-10, "specificity":
 """
 
 
+#: A name in the request's body, as JSON, that stands before a secret.
+SECRET = re.compile(r'"([\w-]*(api|access|auth|secret)[_-]?(key|token)|(proxy-)?authorization|auth|password|(client_?)?'
+                    r'secret|bearer|[\w-]*headers?|cookie)"\s*:', re.IGNORECASE)  # fmt: skip
+
+
 class Judge(Settings):
     """``kind``: ``rules`` (built in, no model), ``endpoint`` (OpenAI-compatible, at ``url``) or ``local`` (a folder or
     Hub id of a causal language model). ``key_env``: the NAME of the environment variable with the endpoint's key.
@@ -52,7 +57,7 @@ class Judge(Settings):
     key_env: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     longest: int = Field(400, ge=1)
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(60.0, gt=0, le=86_400)
     tries: int = Field(6, ge=1)
     backoff: float = Field(1.0, gt=0)
     in_flight: int = Field(8, ge=1, le=256)
@@ -80,6 +85,16 @@ class Judge(Settings):
         for name in ("messages", "stream", "n", "model"):
             if name in options:
                 raise WinnowError(f"prompts.judge.options.{name}: is not free to choose; remove it")
+        try:
+            words = json.dumps(options, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise WinnowError(f"prompts.judge.options: JSON cannot hold them ({error}); mend them") from error
+        # Recipes are kept in the store and published with it.
+        if SECRET.search(words):
+            raise WinnowError(
+                "prompts.judge.options: one of them is a key, or a header; put the key into an environment variable, "
+                "named in prompts.judge.key_env"
+            )
         return options
 
     @model_validator(mode="after")
@@ -95,17 +110,20 @@ def model(settings: Judge, longest: int | None = None) -> Model:
     """The language model of an ``endpoint`` or ``local`` judge; weights are loaded when it is first asked.
     ``longest``: tokens of an answer, instead of the settings'."""
     assert settings.model
-    longest = longest or settings.longest
     if settings.kind == "endpoint":
         assert settings.url
+        options = dict(settings.options)
+        for name in ("max_tokens", "max_completion_tokens"):  # the same limit, by the names that servers know it
+            if longest and isinstance(options.get(name), int):
+                options[name] = max(options[name], longest)
         return Endpoint(
-            settings.url, settings.model, key_env=settings.key_env, options=settings.options,
-            longest=longest, timeout=settings.timeout, tries=settings.tries, backoff=settings.backoff,
-            in_flight=settings.in_flight,
+            settings.url, settings.model, key_env=settings.key_env, options=options,
+            longest=longest or settings.longest, timeout=settings.timeout, tries=settings.tries,
+            backoff=settings.backoff, in_flight=settings.in_flight,
         )  # fmt: skip
     from jobs.language.causal import Causal
 
-    return Causal(settings.model, longest=longest, batch=settings.batch)
+    return Causal(settings.model, longest=longest or settings.longest, batch=settings.batch)
 
 
 def quoted(text: str) -> str:
