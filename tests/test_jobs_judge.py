@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from jobs import recipe as recipes
 from jobs.language.answers import Task, answers
-from jobs.language.endpoint import Endpoint, Reply
+from jobs.language.endpoint import Endpoint, Reply, check_url
 from jobs.language.judge import QUESTION, Judge, grades, model, question, quoted
 from jobs.prompts import prompts
 from jobs.run import Run
@@ -308,6 +308,11 @@ def test_an_error_that_comes_as_an_answer_says_what_it_is(server: Server, tmp_pa
     server.act = lambda handler, prompt, number: handler.send(200, b'{"error": {"message": "Rate limit"}}')
     with pytest.raises(WinnowError, match=r"no chat completion \(Rate limit\) in 2 tries"):
         prompts(a_run(tmp_path, server.url, tries=2))
+
+
+def test_addresses_without_a_key_are_free() -> None:
+    for url in ("http://task-router:8000/v1", "https://x/openai?api-version=2024-10-21", "http://sk-judge/v1"):
+        assert check_url(url) == url
 
 
 def test_the_limit_of_variants_is_longer_by_whatever_name() -> None:

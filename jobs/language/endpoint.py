@@ -242,7 +242,8 @@ def check_url(url: str) -> str:
     if not fine:
         raise WinnowError("prompts.judge.url: not an address; write for example http://localhost:8000/v1")
     asked = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    if "@" in parts.netloc or parts.fragment or "sk-" in url or any(KEYS.search(name) for name in asked):
+    told = parts.fragment or re.search("[/=]sk-", f"{parts.path}?{parts.query}")
+    if "@" in parts.netloc or told or any(KEYS.search(name) for name in asked):
         raise WinnowError("prompts.judge.url: holds a key; put it into an environment variable, named in key_env")
     return url
 
