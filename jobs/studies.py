@@ -27,6 +27,7 @@ REAL: Changes = {"reference": {"source": "embedded", "images_per_prompt": 16}}
 QUARTER: Changes = {**REAL, "export": {"reference_share": 0.25}}
 AS_MANY: Changes = {**REAL, "export": {"reference_share": 1.0}}
 AFRESH: Changes = merge(AS_MANY, REPLACE)
+LONGER: Changes = {"train": {"steps": 1700}}
 REAL_ALONE: Changes = {
     **NO_WEIGHTS, **REPLACE, "generate": {"source": "embedded"}, "select": {"policy": "random", "keep": 16},
 }  # fmt: skip
@@ -115,7 +116,9 @@ STUDIES = {
     "whole": Study(
         "How near to real handwriting do eight rounds of the whole size come, with real scenes?",
         "Not asked: its rounds see no real image.",
-        {"as many, replace": AFRESH, "real scenes alone": REAL_ALONE},
+        {"as many, replace": AFRESH, "real scenes alone": REAL_ALONE,
+         "as many, replace, twice the training": merge(AFRESH, LONGER),
+         "real scenes alone, twice the training": merge(REAL_ALONE, LONGER)},
         rounds=8,
         common={},
     ),
