@@ -11,6 +11,7 @@ import pytest
 from jobs import recipe as recipes
 from jobs.guard import guard, history, warnings
 from jobs.run import Run
+from schemas.errors import WinnowError
 from schemas.tables import TABLES
 from storage.commit import commit
 from storage.layout import create, part_path
@@ -21,7 +22,7 @@ HISTORY = {
     "scene-clip": (0.2, 0.3, 0.4, 0.5), "scene-reader": (0.3, 0.5, 0.4, 0.35), "judge_accuracy": (0.4, 0.5, 0.6, 0.7),
     "agreement:scene-reader": (0.6, 0.5, 0.4, 0.1), "brightness": (0.5, 0.45, 0.4, 0.3),
     "fd_real": (50.0, 40.0, 30.0, 20.0), "diversity": (100.0, 95.0, 95.0, 90.0),
-    "win_rate:scene-clip": (0.5, 0.6, 0.7, 0.8),
+    "win_rate:scene-reader": (0.5, 0.6, 0.7, 0.8),
 }  # fmt: skip
 
 
@@ -61,7 +62,14 @@ def test_they_are_said_beside_the_verdict_and_do_not_make_it(run: Run, monkeypat
 
 def test_a_win_rate_can_decide_though_the_base_has_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.guard.trained_model", lambda run: "embedded")
-    by = replace(run, recipe=recipes.override(run.recipe, [(["guard", "metric"], "win_rate:scene-clip")]))
+    by = replace(run, recipe=recipes.override(run.recipe, [(["guard", "metric"], "win_rate:scene-reader")]))
     assert [one.distance for one in history(by)] == [-0.5, -0.6, -0.7, -0.8] and history(by)[0].distance_se == 0
     verdicts = [guard(by.at(number)) for number in range(4)]
-    assert [one.best_round for one in verdicts] == [0, 1, 2, 3] and "at win_rate:scene-clip 0.8" in verdicts[3].reason
+    assert [one.best_round for one in verdicts] == [0, 1, 2, 3] and "at win_rate:scene-reader 0.8" in verdicts[3].reason
+
+
+@pytest.mark.parametrize("metric", ["scene-clip", "win_rate:scene-clip", "fd_d0", "brightness"])
+def test_the_stage_alone_refuses_a_metric_that_selects_or_says_nothing(run: Run, metric: str) -> None:
+    by = replace(run, recipe=recipes.override(run.recipe, [(["guard", "metric"], metric)]))
+    with pytest.raises(WinnowError, match=f"guard.metric is '{metric}', which (selects|is not measured)"):
+        guard(by.at(1))
