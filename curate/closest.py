@@ -25,8 +25,8 @@ class Closest:
     def add(self, ids: ArrayLike, rows: ArrayLike) -> None:
         """Take another batch: ids [n], rows [n, D]. A row of all zeros has similarity 0."""
         x = matrix("vectors", rows, columns=len(self.query)).astype(np.float64)
-        # One row after the other: a product of matrices rounds by the size of the batch, and equal rows would differ.
         lengths = np.linalg.norm(x, axis=1)
+        # One row after the other: a product of matrices rounds by the size of the batch, and equal rows would differ.
         likeness = np.divide(np.vecdot(x, self.query), lengths, out=np.zeros(len(x)), where=lengths > 0)
         self.ids = np.concatenate([self.ids, np.asarray(ids, np.int64)])
         self.likeness = np.concatenate([self.likeness, likeness])

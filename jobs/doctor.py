@@ -19,7 +19,6 @@ from jobs.language.texts import text_encoder
 from jobs.named import yours
 from jobs.plan import plan
 from jobs.recipe import Recipe
-from jobs.rejection import GAPS
 from jobs.scorers import scorer
 from schemas.errors import WinnowError
 
@@ -147,8 +146,7 @@ def _names(recipe: Recipe) -> Iterator[Finding]:
         asked.append(("model", recipe.refine.model, models.revision))
     scorers = [*recipe.score.scorers, *recipe.evaluate.scorers, recipe.evaluate.judge]
     scorers += [recipe.refine.scorer] if recipe.refine.where is not None else []
-    if (reject := recipe.generate.reject) and reject.by not in GAPS:
-        scorers.append(reject.by)
+    scorers += [recipe.generate.reject.scorer] if recipe.generate.reject else []
     asked += [("scorer", name, lambda name: scorer(name).revision) for name in scorers if name]
     measured = spaces(recipe.evaluate)
     asked += [("encoder", name, lambda name: encoder(name).revision) for name in (*recipe.embed.encoders, *measured)]

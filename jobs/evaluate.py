@@ -199,7 +199,7 @@ def _agreement(run: Run, where: Run, rows: pa.Table) -> dict[str, Interval]:
     averaged over the prompts."""
     select, prompts = run.recipe.select, rows["prompt_id"].to_numpy()
     used = selecting(run.recipe) if select.policy != "random" else ()
-    others = [name for name in held_out(run.recipe) if name not in used]
+    others = held_out(run.recipe)
     if not used or not others:
         return {}
     scores = scores_of(where, "eval", (*used, *others))

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from jobs import devices, models
 from jobs.images import SIDE, Format, encode, fault
 from jobs.prompts import chosen
-from jobs.rejection import GAPS, Drafts, Reject, draft
+from jobs.rejection import Drafts, Reject, draft
 from jobs.run import BASE, Run
 from jobs.sampler import Sampler, sampler
 from jobs.scorers import Scorer, scorer
@@ -94,7 +94,7 @@ class Generate(Settings):
             )
         if self.steps < 2:
             raise WinnowError("generate.reject needs a step before the last, and generate.steps is 1; raise it")
-        if reject.by in GAPS and self.guidance <= 1:
+        if reject.scorer is None and self.guidance <= 1:
             raise WinnowError(
                 f"generate.reject.by {reject.by!r} is of the two predictions that guidance makes, and "
                 f"generate.guidance is {self.guidance:g}; raise it above 1, or reject by a scorer"
@@ -192,7 +192,7 @@ def generate(run: Run, split: Split = "train", model: str | None = None) -> bool
     if reject is None:
         work = units("samples", folders, rows, settings.batch, spec)
         return complete(run, f"generate {split}", "samples", work, lambda: _work(run, split, model, revision, rows))
-    judge = None if reject.by in GAPS else scorer(reject.by)
+    judge = scorer(reject.scorer) if reject.scorer else None
     spec = [*spec, reject.model_dump(mode="json"), judge and judge.revision]
     whole = max(1, settings.batch // per_prompt) * per_prompt  # all images of a prompt are compared
     notes = units("drafts", {"round": run.round, "arm": run.arm}, rows, whole, spec)

@@ -51,6 +51,11 @@ class Reject(Settings):
     keep: int = Field(1, ge=1)
     by: Annotated[str, AfterValidator(lambda name: known("criterion", name, GAPS | SCORERS))]
 
+    @property
+    def scorer(self) -> str | None:
+        """The scorer that decides; None where a gap does."""
+        return None if self.by in GAPS else self.by
+
     def step(self, steps: int) -> int:
         """After how many of a walk's ``steps`` it is decided: at least one, and before the last."""
         return min(max(1, round(self.at * steps)), steps - 1)

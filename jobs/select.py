@@ -21,7 +21,6 @@ from jobs.named import guarded, known, yours
 from jobs.pool import ask, pool, scorers
 from jobs.progress import say
 from jobs.refine import not_accepted
-from jobs.rejection import GAPS
 from jobs.run import Run, ids
 from jobs.score import scores_of
 from jobs.stage import Work, complete, units
@@ -121,7 +120,7 @@ def choosing(recipe: Recipe) -> tuple[str, ...]:
     select, reject, refine = recipe.select, recipe.generate.reject, recipe.refine
     orders = select.policy != "random" or recipe.weigh.by == "advantage"
     names = [*(selecting(recipe) if orders else ()), *select.floors]
-    names += [reject.by] if reject and reject.by not in GAPS else []
+    names += [reject.scorer] if reject and reject.scorer else []
     if refine.where is not None:
         names += [name for name in recipe.score.scorers if _named(name, refine.where)]
         names += [refine.scorer] if refine.accept == "better" and refine.scorer else []

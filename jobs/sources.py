@@ -103,7 +103,6 @@ def _lines(path: Path) -> Iterator[str]:
 def _columns(names: Sequence[str], column: str, category: str | None, where: object) -> tuple[str, str | None]:
     """The names that the two columns have there."""
 
-
     def place(wanted: str, key: str, *others: str) -> str:
         if (name := _named(names, wanted, *others)) is None:
             raise WinnowError(f"{where}: no column {wanted!r}; set {key} to one of {', '.join(names)}")

@@ -110,6 +110,7 @@ def model(settings: Judge, longest: int | None = None) -> Model:
     """The language model of an ``endpoint`` or ``local`` judge; weights are loaded when it is first asked.
     ``longest``: tokens of an answer, instead of the settings'."""
     assert settings.model
+    tokens = longest or settings.longest
     if settings.kind == "endpoint":
         assert settings.url
         options = dict(settings.options)
@@ -118,12 +119,12 @@ def model(settings: Judge, longest: int | None = None) -> Model:
                 options[name] = max(options[name], longest)
         return Endpoint(
             settings.url, settings.model, key_env=settings.key_env, options=options,
-            longest=longest or settings.longest, timeout=settings.timeout, tries=settings.tries,
+            longest=tokens, timeout=settings.timeout, tries=settings.tries,
             backoff=settings.backoff, in_flight=settings.in_flight,
         )  # fmt: skip
     from jobs.language.causal import Causal
 
-    return Causal(settings.model, longest=longest or settings.longest, batch=settings.batch)
+    return Causal(settings.model, longest=tokens, batch=settings.batch)
 
 
 def quoted(text: str) -> str:
