@@ -17,7 +17,7 @@ class Settings(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads yes as true, which Python takes for 1.
-        if isinstance(value, bool) and not _offers_truth(cls.model_fields[str(info.field_name)].annotation):
+        if _holds_truth(value) and not _offers_truth(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("true and false, yes and no are none of its values")
         return value
 
@@ -33,8 +33,17 @@ class Settings(BaseModel):
         return values
 
 
+def _holds_truth(value: Any) -> bool:
+    """Whether true or false stands in the value of a setting, also inside its lists and tables."""
+    if isinstance(value, dict | list | tuple):
+        return any(_holds_truth(part) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool)
+
+
 def _offers_truth(annotation: Any) -> bool:
-    """Whether a field of this type can be true."""
+    """Whether a field of this type can hold true. A table of settings looks at its own fields."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
     return annotation in (bool, Any) or any(_offers_truth(part) for part in get_args(annotation))
 
 

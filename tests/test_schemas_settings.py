@@ -18,6 +18,7 @@ class Outer(Settings):
     model: str
     sampler: Inner = Inner()
     levels: list[float] = []
+    floors: dict[str, float] = {}
 
     @field_validator("levels")
     @classmethod
@@ -46,6 +47,10 @@ def refused(values: Any) -> str:
         (
             {"model": "m", "sampler": {"steps": True}},
             "demo.yaml: sampler.steps is True: true and false, yes and no are none of its values; change it there",
+        ),
+        (
+            {"model": "m", "floors": {"clip": True}},
+            "demo.yaml: floors is {'clip': True}: true and false, yes and no are none of its values; change it there",
         ),
         (
             {"model": "m", "sampler": {"steps": 0}},
