@@ -164,7 +164,10 @@ def _names(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _there(key: str, path: str) -> Finding:
-    there = Path(path).expanduser().exists()
+    try:
+        there = Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:  # such as a name too long, or nobody's home
+        return Finding(key, False, f"{path[:60]}: cannot be looked at ({error}); set another")
     return Finding(key, there, f"{path} {'is there' if there else 'does not exist; put it there or set another'}")
 
 

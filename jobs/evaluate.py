@@ -31,6 +31,7 @@ from jobs.world import WEIGHTS
 from schemas.errors import WinnowError
 from schemas.settings import Settings
 from schemas.tables import TABLES
+from storage.snapshot import latest
 
 if TYPE_CHECKING:
     from jobs.recipe import Recipe
@@ -116,7 +117,8 @@ def evaluate(run: Run) -> bool:
     where = run.base() if run.round == 0 else run
     model = trained_model(run)
     used = dict.fromkeys([*run.recipe.score.scorers, *settings.scorers, *([settings.judge] if settings.judge else [])])
-    if spaces(settings) and run.query("SELECT 1 FROM samples WHERE split = 'reference' LIMIT 2").num_rows == 1:
+    d0 = (part for part in latest(run.store).parts if part.table == "samples" and "/split-reference/" in part.path)
+    if spaces(settings) and sum(part.rows for part in d0) == 1:  # not asked for: what is lost is made again first
         raise WinnowError(
             "D_0 has 1 image, and a distance to it needs two; raise reference.images_per_prompt or reference.prompts, "
             "or set evaluate.space to null"
@@ -130,9 +132,9 @@ def evaluate(run: Run) -> bool:
         return False
     rows = samples.of(where, "eval")
     one = pa.table({"sample_id": pa.array([run.seed("evaluate", run.arm, run.round)])})
-    d0 = ids(samples.of(run.base(), "reference")).tolist() if spaces(settings) else []
+    reference = ids(samples.of(run.base(), "reference")).tolist() if spaces(settings) else []
     real = digest(real_path(settings.real)) if settings.real else None
-    spec = ["evaluate", settings.model_dump(mode="json"), real, list(used), ids(rows).tolist(), d0]
+    spec = ["evaluate", settings.model_dump(mode="json"), real, list(used), ids(rows).tolist(), reference]
     work = units("evaluations", {"round": run.round, "arm": run.arm}, one, 1, spec)
     return complete(run, "evaluate", "evaluations", work, lambda: _work(run, where, rows, tuple(used)))
 

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from jobs import shards, trainset
 from jobs.images import Format
-from jobs.progress import bar
+from jobs.progress import bar, say
 from jobs.run import Run
 from jobs.shards import SCORE, File
-from jobs.stage import complete, refuse_second, units
+from jobs.stage import complete, units
 from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.settings import Settings
@@ -23,7 +23,7 @@ from schemas.tables import TABLES
 from storage.commit import commit_folder
 from storage.content import sha256_of
 from storage.places import parts_of
-from storage.snapshot import latest
+from storage.snapshot import latest, refuse_second
 
 
 class Export(Settings):
@@ -85,14 +85,29 @@ def _write(
     run: Run, format: str, paths: Sequence[str], rows: Sequence[pa.Table], schema: pa.Schema, folder: Path
 ) -> list[File]:
     total = sum(table.num_rows for table in rows)
-    with bar(f"export {format} {run.arm} round {run.round}", total) as advance:
+    label = f"export {format} {run.arm} round {run.round}"
+    kinds: set[str] = set()
+    if format == "webdataset":
+        told = shards.told_in_tars(schema, rows[0].slice(0, 1))
+        if left := ", ".join(name.removeprefix(SCORE) for name in schema.names if name not in told.names):
+            say(f"{label}: without scores of {left}, which the first row has none of; the Parquet shards have them")
+        schema = told
+    with bar(label, total) as advance:
 
         def counted() -> Iterator[pa.Table]:
             for table in trainset.tables(run, paths, rows, schema):
+                if format == "webdataset":
+                    kinds.update(shards.kinds(table))
                 yield table
                 advance(table.num_rows)
 
-        return shards.write(folder, format, schema, counted(), run.recipe.export.rows)
+        files = shards.write(folder, format, schema, counted(), run.recipe.export.rows)
+    if len(kinds) > 1:
+        say(
+            f"{label}: its images are {', '.join(sorted(kinds))}; `webdataset` reads them so, `datasets` one kind "
+            "alone, for which set export.encode"
+        )
+    return files
 
 
 def _keep(
@@ -105,25 +120,50 @@ def _keep(
     name = f"shards/{lead}-{digest(['export', format, content], 12)}"
     one = pa.table({"sample_id": pa.array([run.seed(name)])})
     work = units("shards", {"round": run.round, "selection": run.arm, "format": format}, one, 1, name)
-    refuse_second(run, latest(run.store).by_path(), work)  # before anything is written
+    refuse_second(run.store, latest(run.store), {unit.path for unit in work})  # before anything is written
+    _refuse_unlisted(run.store, f"shards/{lead}-", name)
+    listed = "SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $folder) ORDER BY path"
     made: list[File] = []
+
+    def draft(folder: Path) -> None:
+        made.extend(write(folder))
+        if not (run.store / work[0].path).exists():  # no manifest yet, or one that is lost, too
+            return
+        came = {f"{name}/{file.name}": file.sha256 for file in made}
+        for row in run.query(listed, folder=f"{name}/").to_pylist():
+            if came.get(row["path"]) != row["sha256"]:
+                raise WinnowError(
+                    f"{row['path']}: was sealed and is lost, and comes out otherwise now (another library, or a scorer "
+                    "that was added since); restore its folder from a copy, or take another STORE="
+                )
+
     # Before the manifest is looked for: shards that were lost are written again, the same to the byte.
-    folder = commit_folder(run.store, name, lambda draft: made.extend(write(draft)), synced=True)
+    folder = commit_folder(run.store, name, draft, synced=True)
 
     def manifest(_: pa.Table) -> pa.Table:
         # A run that was killed between the two leaves the folder without its manifest.
         files = made or [_read(path, rows, total) for path in sorted(folder.iterdir())]
-        listed = [
+        files_of = [
             {"selection": run.arm, "round": run.round, "format": format, "path": f"{name}/{file.name}",
              "rows": file.rows, "bytes": file.bytes, "sha256": file.sha256}
             for file in files
         ]  # fmt: skip
-        return pa.Table.from_pylist(listed, schema=TABLES["shards"].schema)
+        return pa.Table.from_pylist(files_of, schema=TABLES["shards"].schema)
 
     complete(run, "export", "shards", work, lambda: manifest)
-    listed = "SELECT path, bytes, sha256 FROM shards WHERE starts_with(path, $folder) ORDER BY path"
     sealed = run.query(listed, folder=f"{name}/")
-    return [_sound(run.store, made, **row) for row in sealed.to_pylist()]
+    return [_sound(run.store, row["path"], row["bytes"]) for row in sealed.to_pylist()]
+
+
+def _refuse_unlisted(store: Path, lead: str, name: str) -> None:
+    """Folders whose names go on from ``lead`` and that no manifest lists: a pattern would load them with ``name``."""
+    for folder in sorted((store / lead).parent.iterdir()):
+        other = folder.relative_to(store).as_posix()
+        if other != name and len(other) == len(name) and other.startswith(lead):
+            raise WinnowError(
+                f"{other}: was exported with other settings and never sealed, by a run that was stopped or refused; "
+                "a pattern would load it beside this one; remove it, and export again"
+            )
 
 
 def _read(path: Path, rows: int, total: int) -> File:
@@ -132,19 +172,14 @@ def _read(path: Path, rows: int, total: int) -> File:
     return File(path.name, min(rows, total - number * rows), path.stat().st_size, sha256_of(path))
 
 
-def _sound(store: Path, made: Sequence[File], path: str, bytes: int, sha256: str) -> Path:
-    """The file at ``path``; WinnowError where it is not as sealed, by its size, or by its SHA-256 if just ``made``."""
+def _sound(store: Path, path: str, bytes: int) -> Path:
+    """The file at ``path``; WinnowError where its size is not as sealed."""
     file = store / path
     if not file.exists():
         raise WinnowError(f"{path}: the shard is missing; remove its folder and run 'winnow export' again")
     size = file.stat().st_size
     if size != bytes:
         raise WinnowError(f"{path}: has {size} bytes, was {bytes}; remove its folder and run 'winnow export' again")
-    if any(one.name == file.name and one.sha256 != sha256 for one in made):
-        raise WinnowError(
-            f"{path}: was sealed and is lost, and comes out otherwise now (another library); remove its folder and "
-            "restore it from a copy, or take another STORE="
-        )
     return file
 
 

@@ -2,8 +2,8 @@
 
 Operations are counted, not guessed: the networks are built without memory (PyTorch's meta device) in their true
 shape and PyTorch counts the floating-point operations of one pass. Hours follow from a sustained rate. Left out are
-the time of scoring (early rejection's, too), embedding and text encoding (a few per cent) and the vectors on disk
-(32 kB an image in the latents of Stable Diffusion, about 2 kB in CLIP).
+the time of scoring (early rejection's, too), embedding and text encoding (a few per cent), the vectors on disk
+(32 kB an image in the latents of Stable Diffusion, about 2 kB in CLIP) and copies of images that are taken in.
 """
 
 from __future__ import annotations
@@ -136,16 +136,20 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
         "evaluation": min(measured.prompts or held_out, held_out) * measured.images_per_prompt * (rounds + 1) * judged,
     }
     # Shards that accumulate hold the rounds before them again.
-    times = rounds * (rounds + 1) / 2 if recipe.export.accumulate else rounds
+    sets = [number if recipe.export.accumulate else 1 for number in range(1, rounds + 1)]
     all_kept = recipe.select.budget or asked * recipe.select.keep
     if not made.source:  # no more than there are candidates in a round
         all_kept = min(all_kept, asked * finished + images["refined"] // rounds)
+    # Of D_0 no more than there is; what a source gives of it is known once it is read.
+    have = math.inf if base.source else images["D_0"]
+    rows = sum(each * all_kept + min(recipe.export.reference_share * each * all_kept, have) for each in sets)
+    folders = len(recipe.export.formats) * (2 if recipe.export.unweighted == "repeats" else 1)
     sizes = PIXEL_BYTES[made.format] * width * height
     weights = 4 * judged * (shape.parameters if trained.method == "full" else trained.rank * shape.adapted)
     rest = _rest(recipe.model)
     disk = {
         "images": sizes * sum(images.values()),
-        "shards": sizes * all_kept * times * len(recipe.export.formats) * (1 + recipe.export.reference_share),
+        "shards": sizes * rows * folders,
         # In float32 and bfloat16, each once in all rounds: see jobs.training.cache.
         "cache": judged * (4 * shape.latent * all_kept + 2 * shape.told * min(learned, all_kept)) * rounds,
         "models": (weights + 4 * rest * (trained.method == "full")) * rounds,
@@ -173,7 +177,8 @@ def plan(recipe: Recipe, prompts: int | None = None, tflops: float = TFLOPS) -> 
     sample = (4 if trained.checkpointing else 3) * shape.step
     per_hour = tflops * 3600
     hours = {name: count * image(name) / per_hour for name, count in images.items()}
-    hours["training"] = judged * rounds * trained.steps * trained.batch * sample / per_hour
+    trainings = rounds * (2 if trained.neon and trained.neon_on == "candidates" else 1)
+    hours["training"] = judged * trainings * trained.steps * trained.batch * sample / per_hour
     return Plan(images, disk, hours, tflops, (width, height), spared)
 
 
@@ -211,7 +216,7 @@ def _config(model: str) -> dict[str, Any]:
     if isinstance(place, Path):
         for part in ("unet", "transformer"):
             if (place / part / "config.json").is_file():
-                return json.loads((place / part / "config.json").read_text(encoding="utf-8"))
+                return _read(place / part / "config.json")
     if base in PUBLISHED:
         return PUBLISHED[base]
     raise WinnowError(
@@ -219,18 +224,39 @@ def _config(model: str) -> dict[str, Any]:
     )
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """A configuration's JSON."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WinnowError(f"{file}: not readable as JSON ({error}); restore the model's folder") from error
+    if not isinstance(values, dict):
+        raise WinnowError(f"{file}: is a {type(values).__name__}, not a table; restore the model's folder")
+    return values
+
+
 def shape_of(model: str, width: int | None, height: int | None) -> Shape:
     """Count a model's weights and operations at an image size (null: its own)."""
     place = models.locate(model)
     scale, decoder = 8, None
     if isinstance(place, Path) and (place / "vae" / "config.json").is_file():
-        decoder = json.loads((place / "vae" / "config.json").read_text(encoding="utf-8"))
-        scale = 2 ** (len(decoder["block_out_channels"]) - 1)
+        decoder = _read(place / "vae" / "config.json")
+        scale = 2 ** (len(decoder.get("block_out_channels", USUAL_VAE["block_out_channels"])) - 1)
     config = _config(model)
     # A FLUX transformer has no size of its own: its pipeline draws 1024 × 1024.
-    side = config.get("sample_size", 128) * scale
+    side = config.get("sample_size", 128)
+    if not isinstance(side, int):
+        raise WinnowError(f"plan: {model!r} has the sample_size {side!r}, an integer is needed; restore its folder")
+    side *= scale
     key = json.dumps([config, decoder, (height or side) // scale, (width or side) // scale], sort_keys=True)
-    parameters, adapted, *rest = _count(key)
+    try:
+        parameters, adapted, *rest = _count(key)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WinnowError(
+            f"plan: a network of the shape that {model!r} gives cannot be built ({type(error).__name__}: {reason}); "
+            "restore the config.json of its folder"
+        ) from error
     return Shape(parameters, adapted, side, *rest)
 
 
@@ -244,7 +270,7 @@ def _count(key: str) -> tuple[int, int, float, float, int, int]:
     from jobs.families import JOINT
 
     config, decoder, height, width = json.loads(key)
-    kind = config["_class_name"]
+    kind = config.get("_class_name", "network without _class_name")
     if kind not in TOKENS:
         raise WinnowError(f"plan: a {kind} is not counted here; it counts {', '.join(TOKENS)}")
     with torch.device("meta"):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pyarrow as pa
 
 from jobs.run import Run
-from storage.query import user_query
+from storage.query import arrow, user_query
+from storage.snapshot import Snapshot
 from storage.views import identifier, literal
 
 SECONDS = 60  # that a user's query may take
 
 
-def scorers(run: Run) -> list[str]:
+def scorers(run: Run, snapshot: Snapshot | None = None) -> list[str]:
     """The scorers that the round's candidates have scores of."""
-    return run.query(
+    return arrow(
+        run.store,
         "SELECT DISTINCT scorer FROM scores JOIN samples USING (sample_id) WHERE samples.round = $round AND arm = $arm "
-        "AND split = 'train' ORDER BY scorer", round=run.round, arm=run.arm,
+        "AND split = 'train' ORDER BY scorer", {"round": run.round, "arm": run.arm}, snapshot,
     )["scorer"].to_pylist()  # fmt: skip
 
 
@@ -41,6 +43,6 @@ def pool(run: Run, found: list[str], where: str = "true") -> str:
     )
 
 
-def ask(run: Run, sql: str) -> pa.Table:
+def ask(run: Run, sql: str, snapshot: Snapshot | None = None) -> pa.Table:
     """The answer to a query with what a user wrote in it: in the sandbox, WinnowError for what it refuses."""
-    return user_query(run.store, sql, seconds=SECONDS)
+    return user_query(run.store, sql, snapshot, seconds=SECONDS)

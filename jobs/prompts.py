@@ -217,7 +217,10 @@ def prompts(run: Run, keep: bool = False) -> None:
 
 def _changed(run: Run) -> list[str]:
     """The settings that are not those under which the store's prompts were sealed, the source aside."""
-    before = (sealed_under(run.store, "prompts") or {}).get("prompts", {})
+    try:
+        before = (sealed_under(run.store, "prompts") or {}).get("prompts", {})
+    except WinnowError:  # an old snapshot is damaged, which verify tells: the rounds need the newest alone
+        return []
     now = run.recipe.model_dump(mode="json")["prompts"]
     return [key for key in now if before and key != "source" and before.get(key) != now[key]]
 

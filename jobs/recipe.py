@@ -18,6 +18,7 @@ from jobs.guard import Guard
 from jobs.prompts import Prompts
 from jobs.questions import Publish
 from jobs.refine import Refine
+from jobs.run import BASE
 from jobs.score import Score
 from jobs.select import Select, choosing, selecting
 from jobs.tournament import Tournament
@@ -29,7 +30,7 @@ from schemas.settings import Settings, explain
 REAL = ("fd_real", "kid_real", "cmmd_real", "density_real", "coverage_real")
 ARM = 100  # bytes of a name that is a part of a file's, with the round and digests beside it
 RECIPES = Path(__file__).parent / "recipes"
-FREE = {"floors", "policies"}  # tables with names of the user's choice
+FREE = {"floors", "policies", "rules", "lists", "options"}  # tables with names of the user's choice
 
 
 class Recipe(Settings):
@@ -66,6 +67,8 @@ class Recipe(Settings):
                     f"arms {arm!r}: folders are named after it; take up to {ARM} bytes that can be printed, without "
                     "slashes and not beginning with a dot"
                 )
+            if arm == BASE:
+                raise WinnowError(f"arms {arm!r}: is what the base model makes for all arms; take another name")
         spaces, scorers = self.embed.encoders, self.score.scorers
         for key, space in (("distance.space", self.distance.space), ("select.space", self.select.space)):
             if space is not None and space not in spaces:
@@ -165,7 +168,7 @@ def names() -> list[str]:
 def load(name: str) -> Recipe:
     """A recipe by the name it ships under, or from a .yaml file; each of its arms is checked, too."""
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         if name not in names():
             raise WinnowError(f"recipe {name[:60]!r}: unknown; there are {', '.join(names())}, or give a .yaml file")
         path = RECIPES / f"{name}.yaml"
@@ -192,10 +195,11 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key.value, str):
+                raise yaml.YAMLError(f"line {line}: a key is a list or a table; take a word")
             if key.value in lines and not key.tag.endswith(":merge"):
                 raise yaml.YAMLError(f"key {key.value!r} comes twice, in lines {lines[key.value]} and {line}; keep one")
-            if isinstance(key.value, str):
-                lines[key.value] = line
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,8 @@ from schemas.errors import WinnowError
 from schemas.ids import digest, sample_id
 from schemas.settings import Settings
 from schemas.tables import TABLES
+from storage.layout import clean
+from storage.snapshot import Snapshot, latest
 from storage.views import identifier
 
 if TYPE_CHECKING:
@@ -85,11 +88,12 @@ def refine(run: Run) -> bool:
     settings = run.recipe.refine
     if settings.where is None:
         raise WinnowError("refine.where is null; name the samples to refine by a condition, \"true\" for all of them")
-    here = {"round": run.round, "arm": run.arm}
-    rows = chosen(run, settings)
-    late = run.query("SELECT 1 FROM selections WHERE round = $round AND selection = $arm LIMIT 1", **here).num_rows
-    if late and not run.query("SELECT 1 FROM refinements JOIN samples USING (sample_id) WHERE samples.round = $round "
-                              "AND arm = $arm LIMIT 1", **here).num_rows:  # fmt: skip
+    newest = latest(run.store)
+    before = _without_refined(run, newest)
+    rows = chosen(run, settings, before)
+    late = run.query("SELECT 1 FROM selections WHERE round = $round AND selection = $arm LIMIT 1",
+                     round=run.round, arm=run.arm).num_rows  # fmt: skip
+    if late and before == newest:
         raise WinnowError(
             f"refine: round {run.round} of {run.arm!r} is selected already, so that no refined image would be chosen; "
             "refine a round before 'winnow select'"
@@ -118,25 +122,34 @@ def refine(run: Run) -> bool:
 
         made = sampler(model, making, rows["prompt"].to_pylist())
         worker = Refiner(made.pipe, settings, guidance, judge, made.conditions)
-        return lambda some: _attempts(run, worker, column(model, revision), digest(spec), some)
+        name = column(model, revision)
+        return lambda some: _attempts(run, worker, name, digest(spec), samples.with_images(run, some, before))
 
     # Which were accepted is sealed first: no stage can see an image without it.
     return complete_both(run, "refine", "refinements", notes, images, start)
 
 
-def chosen(run: Run, settings: Refine) -> pa.Table:
-    """sample_id, prompt_id, prompt of the candidates that the condition is true of, in a fixed order. The condition is
-    the user's own text: it is asked in the sandbox, and what it gives can only leave candidates out."""
-    rows = samples.of(run, "train")
+def _without_refined(run: Run, snapshot: Snapshot) -> Snapshot:
+    """The snapshot without what this stage has added to the round: what is lost of that is made again from the rest."""
+    arm = f"round-{run.round}/arm-{clean(run.arm)}/"
+    own = f"tables/refinements/{arm}", f"tables/samples/{arm}split-train/from-refine/"
+    return replace(snapshot, parts=tuple(part for part in snapshot.parts if not part.path.startswith(own)))
+
+
+def chosen(run: Run, settings: Refine, snapshot: Snapshot | None = None) -> pa.Table:
+    """sample_id, prompt_id, prompt of the candidates that the condition is true of, in a fixed order, as of a snapshot
+    (null: the newest). The condition is the user's own text: it is asked in the sandbox, and what it gives can only
+    leave candidates out."""
+    rows = samples.of(run, "train", snapshot)
     candidates = rows.filter(rows["parent_id"].is_null())
-    found = scorers(run)
+    found = scorers(run, snapshot)
     asked = (
         f"SELECT sample_id FROM ({pool(run, found, 'parent_id IS NULL')}) "
         # On lines of its own: a comment in it must not hide what follows.
         f"WHERE (\n{settings.where}\n)"
     )
     try:
-        answer = ask(run, asked)
+        answer = ask(run, asked, snapshot)
         if answer.column_names != ["sample_id"]:
             raise WinnowError("sql: it is more than a condition")
     except WinnowError as error:
@@ -150,9 +163,9 @@ def chosen(run: Run, settings: Refine) -> pa.Table:
 
 
 def _attempts(run: Run, worker: Refiner, model: str, spec: str, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """All loops over some samples: the rows of ``samples`` and of ``refinements``, loop by loop."""
+    """All loops over some samples with their images: the rows of ``samples`` and of ``refinements``, loop by loop."""
     settings, format = worker.settings, run.recipe.generate.format
-    images = images_of(samples.with_images(run, rows))
+    images, rows = images_of(rows), rows.drop_columns(["image"])
     made: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     for size in dict.fromkeys(image.size for image in images):

@@ -30,8 +30,6 @@ def recipe_of(store: Path, row: dict[str, Any]) -> Recipe:
         raise WinnowError(f"tables/{folder}: sealed by no snapshot; run 'winnow verify'")
     try:
         return Recipe.model_validate(sealed)
-    except ValidationError as error:
-        raise WinnowError(
-            f"tables/{folder}: its recipe is of another Winnow ({error.error_count()} keys differ); use that "
-            "Winnow"
-        ) from error
+    except (ValidationError, WinnowError) as error:
+        what = f"{error.error_count()} keys differ" if isinstance(error, ValidationError) else str(error)
+        raise WinnowError(f"tables/{folder}: its recipe is of another Winnow ({what}); use that Winnow") from error

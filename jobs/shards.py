@@ -74,6 +74,15 @@ def groups(tables: Iterable[pa.Table], rows: int) -> Iterator[tuple[int, pa.Tabl
         yield shard, pa.concat_tables(held)
 
 
+def told_in_tars(schema: pa.Schema, first: pa.Table) -> pa.Schema:
+    """Without the scorers that the ``first`` row has no score of: `datasets` reads the type of a tar's keys off its
+    first rows, and null is none that later numbers fit."""
+    for name in first.column_names:
+        if name.startswith(SCORE) and not first[name][0].is_valid:
+            schema = schema.remove(schema.get_field_index(name))
+    return schema
+
+
 @contextmanager
 def parquet(sink: Sink, schema: pa.Schema) -> Iterator[Write]:
     """Write tables as row groups: images as they are, in plain pages; the rest compressed."""
@@ -95,13 +104,19 @@ def _members(sink: Sink, table: pa.Table) -> None:
     keys, texts = table["key"].to_pylist(), table["text"].to_pylist()
     for key, data, text, row in zip(keys, _files(table), texts, rest.to_pylist(), strict=True):
         scores = {name.removeprefix(SCORE): row.pop(name) for name in rest.column_names if name.startswith(SCORE)}
-        # Each key in each row and of one type, as `datasets` wants it: no parent is 0, which is no sample's id.
+        # Each key in each row and of one type, as `datasets` wants it: no parent is 0, which is no sample's id. Scores
+        # may be null where those of the first row are not, see `told_in_tars`.
         row |= {"parent_id": row["parent_id"] or 0, "scores": scores}
         told = ("txt", text.encode()), ("json", json.dumps(row, ensure_ascii=False).encode())
         sink.write(_header(f"{key}.{_kind(data, key)}", len(data)))
         sink.write(data)
         small = ((_header(f"{key}.{name}", len(content)), content, _padding(content)) for name, content in told)
         sink.write(b"".join([_padding(data), *itertools.chain.from_iterable(small)]))
+
+
+def kinds(table: pa.Table) -> set[str]:
+    """The suffixes of a table's images."""
+    return {_kind(data, key) for data, key in zip(_files(table), table["key"].to_pylist(), strict=True)}
 
 
 def _files(table: pa.Table) -> Iterator[memoryview]:

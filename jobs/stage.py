@@ -12,12 +12,11 @@ import pyarrow as pa
 from jobs.executors import local
 from jobs.progress import say
 from jobs.run import Run, ids
-from schemas.errors import WinnowError
 from schemas.ids import digest
 from schemas.tables import TABLES, fingerprint
 from storage.commit import Part, commit, find
 from storage.layout import part_path
-from storage.snapshot import Spent, latest, seal
+from storage.snapshot import Spent, latest, refuse_second, seal
 
 #: The rows that a stage adds, or what gives them and needs no model any more.
 Made = pa.Table | Callable[[], pa.Table]
@@ -47,17 +46,6 @@ def units(table: str, folders: Mapping[str, Any], rows: pa.Table, size: int, spe
     return cut
 
 
-def refuse_second(run: Run, sealed: Mapping[str, Part], work_units: Sequence[Unit]) -> None:
-    """A stage of a round is made once: a second set beside the first would be read with it."""
-    folders = {unit.path.rpartition("/")[0] for unit in work_units}
-    others = {path for path in sealed if path.rpartition("/")[0] in folders} - {unit.path for unit in work_units}
-    if others:
-        raise WinnowError(
-            f"{run.store}: {min(others)} is sealed already, made with other settings, models or inputs; go on with the "
-            "recipe that it was begun with, or take another STORE= or --arm"
-        )
-
-
 def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start: Callable[[], Work]) -> bool:
     """Do this shard's missing units and seal the stage once every unit of every shard is committed.
 
@@ -65,8 +53,9 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
     the stage is sealed.
     """
     began = time.perf_counter()
-    sealed = latest(run.store).by_path()
-    refuse_second(run, sealed, work_units)
+    newest = latest(run.store)
+    refuse_second(run.store, newest, {unit.path for unit in work_units})
+    sealed = newest.by_path()
     parts: dict[str, Part] = {}
     for unit in work_units:
         part = find(run.store, unit.path, sealed)
@@ -89,7 +78,8 @@ def complete(run: Run, stage: str, table: str, work_units: Sequence[Unit], start
         assert part is not None, path
         parts[path] = part
     spent = Spent(stage, run.arm, run.round, round(time.perf_counter() - began, 3)) if mine else None
-    seal(run.store, stage, list(parts.values()), run.recipe.model_dump(mode="json"), spent)
+    # Looked at once more while it is sealed: another process may have begun with other settings at the same time.
+    seal(run.store, stage, list(parts.values()), run.recipe.model_dump(mode="json"), spent, alone=True)
     return True
 
 

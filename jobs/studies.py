@@ -27,6 +27,7 @@ REAL: Changes = {"reference": {"source": "embedded", "images_per_prompt": 16}}
 QUARTER: Changes = {**REAL, "export": {"reference_share": 0.25}}
 AS_MANY: Changes = {**REAL, "export": {"reference_share": 1.0}}
 AFRESH: Changes = merge(AS_MANY, REPLACE)
+TWICE_AFRESH: Changes = {**REAL, "export": {"reference_share": 2.0, "accumulate": False}}
 LONGER: Changes = {"train": {"steps": 1700}}
 REAL_ALONE: Changes = {
     **NO_WEIGHTS, **REPLACE, "generate": {"source": "embedded"}, "select": {"policy": "random", "keep": 16},
@@ -118,6 +119,7 @@ STUDIES = {
         "Not asked: its rounds see no real image.",
         {"as many, replace": AFRESH, "real scenes alone": REAL_ALONE,
          "as many, replace, twice the training": merge(AFRESH, LONGER),
+         "twice as many, replace, twice the training": merge(TWICE_AFRESH, LONGER),
          "real scenes alone, twice the training": merge(REAL_ALONE, LONGER)},
         rounds=8,
         common={},

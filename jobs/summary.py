@@ -76,7 +76,7 @@ def recipe_of(source: Source, arm: str) -> Recipe | None:
         raw = load(source.store, known[first]).recipe
     try:
         return Recipe.model_validate(raw)
-    except ValidationError:  # sealed without a recipe, or by a Winnow that had other settings
+    except (ValidationError, WinnowError):  # sealed without a recipe, or by a Winnow that had other settings
         return None
 
 

@@ -162,7 +162,8 @@ def train(run: Run) -> None:
     if (run.store / name).exists():
         if run.recipe.train.watch:
             say(f"{name}: is trained already, and train.watch looks at models while they train")
-        if not run.sealed_model(name):  # a run was killed between the two
+        # Its row may be lost, or a run was killed between the two.
+        if _row_is_lost(run, name) or not run.sealed_model(name):
             _seal(run, name)
         _clear(progress)
         return
@@ -220,6 +221,13 @@ def _seal(run: Run, name: str, spent: Spent | None = None) -> None:
     path = part_path("models", {"round": run.round, "model": Path(name).name}, "00000", spec)
     part = commit(run.store, "models", path, pa.Table.from_pylist([row], schema=schema))
     seal(run.store, "train", [part], run.recipe.model_dump(mode="json"), spent)
+
+
+def _row_is_lost(run: Run, name: str) -> bool:
+    """Whether the part that tells of a model was sealed and is not there."""
+    place = part_path("models", {"round": run.round, "model": Path(name).name}, "", "").rpartition("/")[0]
+    parts = (part.path for part in latest(run.store).parts if part.path.rpartition("/")[0] == place)
+    return any(not (run.store / path).exists() for path in parts)
 
 
 def _turned(pipe: Any) -> list[torch.nn.Parameter]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -112,14 +112,28 @@ def _sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def refuse_second(root: str | Path, snapshot: Snapshot, paths: Collection[str]) -> None:
+    """Raise WinnowError where the snapshot has other parts in the folders of `paths`: a stage of a round is made once,
+    and a second set beside the first would be read with it."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    others = {part.path for part in snapshot.parts if part.path.rpartition("/")[0] in folders}.difference(paths)
+    if others:
+        raise WinnowError(
+            f"{root}: {min(others)} is sealed already, made with other settings, models or inputs; go on with the "
+            "recipe that it was begun with, or take another STORE= or --arm"
+        )
+
+
 def seal(
-    root: str | Path, stage: str, parts: Sequence[Part], recipe: Mapping[str, Any], spent: Spent | None = None
-) -> Snapshot:
+    root: str | Path, stage: str, parts: Sequence[Part], recipe: Mapping[str, Any], spent: Spent | None = None,
+    alone: bool = False,
+) -> Snapshot:  # fmt: skip
     """Add `parts` to the newest snapshot and write the result as the next one.
 
     Parts that are sealed already are passed over; if all are, the newest snapshot is returned as it is, so a
     rerun makes none. A stage that makes no parts, such as training, is sealed for what it `spent`. Raises
-    WinnowError where a part is sealed with other content, or two parts hold one key.
+    WinnowError where a part is sealed with other content, or two parts hold one key; and, for parts that are to be
+    `alone` in their folders, where another process has sealed others there meanwhile.
     `recipe` must be plain JSON.
     """
     home = check(root)
@@ -128,6 +142,8 @@ def seal(
         new = _new_parts(base, parts)
         if not new and (parts or spent is None):
             return base
+        if alone:
+            refuse_second(home, base, {part.path for part in parts})
         _refuse_double_keys(home, base, new)
         number = base.number + 1
         merged = tuple(sorted([*base.parts, *new], key=lambda part: part.path))

@@ -115,11 +115,23 @@ def _models(root: Path) -> tuple[list[str], list[str]]:
     return changed, gone
 
 
+def _folders(root: Path) -> list[Path]:
+    """Folders of shards and models that are listed nowhere; none, where what lists them cannot be read."""
+    try:
+        listed = {str(Path(row["path"]).parent) for row in arrow(root, "SELECT path FROM shards").to_pylist()}
+        listed |= {row["model"] for row in arrow(root, "SELECT model FROM models").to_pylist()}
+    except WinnowError:  # which is named already
+        return []
+    found = [path for kind in ("shards", "models") for path in sorted((root / kind).glob("*")) if path.is_dir()]
+    return [path for path in found if path.relative_to(root).as_posix() not in listed]
+
+
 def _notes(root: Path, sealed: set[str]) -> list[str]:
     notes = []
-    for path in sorted((root / "tables").rglob("*")):
+    files = [path for path in sorted((root / "tables").rglob("*")) if path.is_file()]
+    for path in [*files, *_folders(root)]:
         relative = path.relative_to(root).as_posix()
-        if path.is_file() and relative not in sealed:
+        if relative not in sealed:
             notes.append(
                 f"{relative}: not sealed; a stage is still running, or was interrupted and goes on with the same "
                 "settings alone; safe to remove when nothing is running"

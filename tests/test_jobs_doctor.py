@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from conftest import World
 
+from jobs.world import WEIGHTS
+
 Winnow = Callable[..., Any]
 
 
@@ -53,6 +55,23 @@ def test_the_scorer_of_early_rejection_and_a_judge_of_its_own_are_looked_for(win
     asked += ("--set", "prompts.judge={kind: local, model: ./no}")
     said = winnow("doctor", "--recipe", "embedded", "--store", tmp_path / "s", *asked)
     assert said.status == 2 and "scorer hps-v2.1:/nowhere" in said.out and "judge ./no" in said.out
+
+
+@pytest.mark.parametrize("text", [
+    "no JSON", "[]", "{}", '{"_class_name": "UNet2DConditionModel", "sample_size": "a"}',
+    '{"_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": 3}',
+])  # fmt: skip
+def test_a_damaged_model_and_an_odd_path_end_no_findings(winnow: Winnow, tmp_path: Path, text: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(WEIGHTS / "pipeline", model)
+    (model / "unet" / "config.json").write_text(text)
+    words = ("--set", f"model={model}", "--set", "prompts.source=~nobody/x.txt")
+    words += ("--set", f"generate.source={'x' * 300}")
+    said = winnow("doctor", "--recipe", "embedded", "--store", tmp_path / "s", "--prompts", 180, *words)
+    found = findings(said.out)
+    assert said.status == 2 and not said.err, said.err
+    assert found["disk"][0] == "note" and "how much is needed is unknown" in found["disk"][1], found
+    assert found["prompts.source"][0] == found["generate.source"][0] == "wrong" and "round" in found
 
 
 def test_a_round_that_a_loop_would_refuse_is_wrong(winnow: Winnow, tmp_path: Path) -> None:

@@ -30,12 +30,13 @@ from PIL import Image
 from scipy.stats import chisquare
 
 import storage.commit
-from bench.selection import random_file, selection
+from bench.selection import part, random_file, selection
 from jobs import recipe as recipes
 from jobs import shards
 from jobs.export import export, shards_of
 from jobs.run import Run
 from schemas.errors import WinnowError
+from storage.snapshot import seal
 from storage.verify import verify
 
 BOTH = {"formats": ["parquet", "webdataset"], "rows": 20}
@@ -51,6 +52,12 @@ def picture(number: int, format: str = "png") -> bytes:
 
 def kept(numbers: np.ndarray) -> np.ndarray:
     return numbers % 3 > 0
+
+
+def later(run: Run, numbers: np.ndarray) -> None:
+    """Scores of another scorer for these samples."""
+    columns = {"sample_id": numbers, "scorer": "late", "revision": "1", "value": 0.5, "truncated": False, "round": 1}
+    seal(run.store, "made up", [part(run.store, "scores", {"scorer": "late"}, columns)], {})
 
 
 def of_format(run: Run, format: str) -> list[Path]:
@@ -170,6 +177,29 @@ def test_other_kinds_of_images_are_refused_by_tars_alone(tmp_path: Path) -> None
         export(run)
     assert not list((run.store / "shards").glob("*webdataset*")) and not list((run.store / "staging").iterdir())
     assert [row["image"]["bytes"] for row in pq.read_table(shards_of(run)[0][0]).to_pylist()][1] == picture(2, "gif")
+
+
+def test_tars_of_several_kinds_of_images_say_who_reads_them(tmp_path: Path, capsys: Any) -> None:
+    run = selection(tmp_path, 10, lambda n: picture(n, "webp" if n > 10 else "png"), d0=10,
+                    export={"formats": ["webdataset"], "reference_share": 0.5})  # fmt: skip
+    export(run)
+    assert "its images are png, webp; `webdataset` reads them so, `datasets` one kind alone" in capsys.readouterr().err
+    assert [next(k for k in ("png", "webp") if k in row) for row in tar_rows(of_format(run, "webdataset"))] == [
+        *["png"] * 10, *["webp"] * 5
+    ]  # fmt: skip
+
+
+def test_tars_load_where_only_later_rows_have_a_score(tmp_path: Path, capsys: Any) -> None:
+    run = selection(tmp_path, 20, picture, export=BOTH)
+    later(run, np.arange(11, 21))
+    export(run)
+    assert "without scores of late, which the first row has none of" in capsys.readouterr().err
+    found = datasets.load_dataset(
+        "webdataset", data_files=[str(path) for path in of_format(run, "webdataset")], split="train",
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    assert len(found) == 20 and all(set(row["scores"]) == {"one", "two"} for row in found["json"])
+    assert pq.read_table(of_format(run, "parquet")[0])["score:late"].to_pylist() == [None] * 10 + [0.5] * 10
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
@@ -462,7 +492,6 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path, format: str, da
 def test_shards_that_come_out_otherwise_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     run = selection(tmp_path, 5, picture, export={"formats": ["webdataset"]})
     (path,) = export(run)
-    size = path.stat().st_size
     shutil.rmtree(path.parent)
     real = shards._members
 
@@ -473,7 +502,39 @@ def test_shards_that_come_out_otherwise_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shards, "_members", members)
     with pytest.raises(WinnowError, match=f"{path.name}: was sealed and is lost, and comes out otherwise"):
         export(run)
-    assert path.stat().st_size == size
+    assert not path.parent.exists()
+
+
+def test_shards_that_are_lost_after_a_scorer_was_added_say_so(tmp_path: Path) -> None:
+    run = selection(tmp_path, 20, picture)
+    (path,) = export(run)
+    later(run, np.arange(1, 21))
+    kept_file = path.read_bytes()
+    shutil.rmtree(path.parent)
+    for _ in range(2):
+        with pytest.raises(WinnowError, match="comes out otherwise now .*a scorer that was added since.*from a copy"):
+            export(run)
+        assert not path.parent.exists()
+    path.parent.mkdir()
+    path.write_bytes(kept_file)
+    assert export(run) == [path] and verify(run.store).ok
+
+
+def test_an_export_that_was_never_sealed_is_no_part_of_another(tmp_path: Path, monkeypatch: Any) -> None:
+    """README's pattern loads all folders of a selection."""
+    run = selection(tmp_path, 20, picture)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr("jobs.export.complete", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        export(run)
+    (left,) = (run.store / "shards").iterdir()
+    assert [note for note in verify(run.store).notes if note.startswith(f"shards/{left.name}: not sealed")]
+    other = replace(run, recipe=recipes.override(run.recipe, [(["export", "rows"], 3)]))
+    with pytest.raises(WinnowError, match=f"shards/{left.name}: .*never sealed.*remove it, and export again"):
+        export(other)
+    shutil.rmtree(left)
+    export(other)
+    assert not verify(run.store).notes
+    assert len(list((run.store / "shards").glob("curated-r1-parquet-*"))) == 1
 
 
 def test_a_selection_without_weights_is_refused(tmp_path: Path) -> None:

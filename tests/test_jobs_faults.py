@@ -234,6 +234,60 @@ def test_a_lost_part_is_made_again_by_its_stage(winnow: Winnow, copy: Path) -> N
         assert part.read_bytes() == kept and verify(copy).ok
 
 
+def test_what_is_lost_of_a_model_or_of_the_held_out_images_is_made_again(winnow: Winnow, copy: Path) -> None:
+    where = ("--recipe", "embedded-fast", "--store", copy, "--round", 1, *options({}))
+    for verb, folder in (("train", "models"), ("evaluate", "samples/round-1/arm-curated/split-eval")):
+        part = next((copy / "tables" / folder).rglob("*.parquet"))
+        kept = part.read_bytes()
+        part.unlink()
+        assert winnow("verify", "--store", copy).status == 2
+        said = winnow(verb, *where)
+        assert said.status == 0, said.err
+        assert part.read_bytes() == kept and verify(copy).ok
+
+
+def test_two_processes_with_other_settings_do_not_both_seal(tmp_path: Path) -> None:
+    """Each looks before it works, and they work at the same time: the second to seal is refused."""
+    from jobs import recipe as recipes
+    from jobs.generate import generate
+    from jobs.prompts import prompts
+    from jobs.run import Run
+    from jobs.stage import complete, units
+    from schemas.errors import WinnowError
+    from storage.layout import create
+
+    recipe = recipes.override(recipes.load("embedded-fast"), sets(SMALL))
+    run = Run(create(tmp_path / "store"), recipe.for_arm("curated"))
+    prompts(run)
+    generate(run)
+    made = pa.concat_tables(pq.read_table(path) for path in (run.store / "tables" / "samples").rglob("*.parquet"))
+
+    def again(of: Run, spec: str, first: Callable[[], None]) -> None:
+        ids = pa.array([number + len(spec) for number in made["sample_id"].to_pylist()])
+        place = made.column_names.index("sample_id")
+        moved = made.set_column(place, "sample_id", ids).set_column(
+            made.column_names.index("round"), "round", pa.array([2] * len(made), pa.int32())
+        )
+        work = units("samples", {"round": 2, "arm": "curated", "split": "train"}, moved, len(moved), spec)
+
+        def start() -> Callable[[pa.Table], pa.Table]:
+            first()
+            return lambda some: some
+
+        complete(of, "generate", "samples", work, start)
+
+    with pytest.raises(WinnowError, match="is sealed already, made with other settings"):
+        again(run, "a", lambda: again(run, "of others", lambda: None))
+    assert rows(run.store, "SELECT count(*) AS n FROM samples WHERE round = 2") == [{"n": len(made)}]
+    assert verify(run.store).ok
+
+
+def test_a_damaged_first_snapshot_stops_no_loop(winnow: Winnow, copy: Path) -> None:
+    (copy / "snapshots" / "000001.json").write_text("{}")
+    said = winnow("loop", "--recipe", "embedded-fast", "--store", copy, *options({}))
+    assert said.status == 0, said.err
+
+
 def test_a_loop_can_be_made_longer(winnow: Winnow, copy: Path) -> None:
     where = ("--recipe", "embedded-fast", "--store", copy)
     closed = rows(copy, "SELECT verdict, reason FROM rounds WHERE arm = 'naive' AND round = 1")
@@ -298,6 +352,8 @@ GOOD = "model: embedded\nprompts: {source: embedded, least_specificity: 0, least
         ("model: [\n", ["not YAML"]),
         ("- model\n", ["list"]),
         ("just words\n", ["str"]),
+        ("model: embedded\n? [a, b]\n: 1\n", ["not YAML", "line 2: a key is a list"]),
+        ("model: embedded\narms: {base: {}}\n", ["'base'", "take another name"]),
         ("", ["NoneType"]),
     ],
 )

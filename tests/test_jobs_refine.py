@@ -167,6 +167,16 @@ def test_really_different_sets_are_refused_and_more_of_the_same_is_not(copy: Run
         generate(replace(copy, recipe=recipes.override(copy.recipe, sets({"generate.steps": 3}))))
 
 
+def test_what_is_lost_of_refined_images_is_made_again(copy: Run) -> None:
+    run = refining(copy, where='"rank:scene-clip" <= 1', limit=4, loops=1)
+    refine(run), embed(run), score(run), distance(run), select(run)
+    for folder in ("refinements", "samples/round-1/arm-curated/split-train/from-refine"):
+        part = next((run.store / "tables" / folder).rglob("*.parquet"))
+        kept = part.read_bytes()
+        part.unlink()
+        assert refine(run) and part.read_bytes() == kept and verify(run.store).ok
+
+
 def test_a_round_that_is_selected_is_not_refined(copy: Run) -> None:
     distance(copy), select(copy)
     with pytest.raises(WinnowError, match=r"round 1 of 'curated' is selected already.*before 'winnow select'"):

@@ -282,6 +282,22 @@ def test_hours_follow_from_the_operations() -> None:
     assert plan(free, tflops=100).hours["D_0"] < 0.52 * found.hours["D_0"]
 
 
+def test_a_plan_counts_what_is_written_twice_and_no_more_of_d0_than_there_is() -> None:
+    recipe = recipes.override(recipes.load("embedded"), sets({"rounds": 2, "prompts.held_out": 0.2}))
+
+    def planned(**changes: Any) -> Any:
+        return plan(recipes.override(recipe, sets({key.replace("__", "."): v for key, v in changes.items()})), 180)
+
+    plain = planned()
+    rows = plain.bytes["shards"] / 3  # of a selection; two rounds of it, accumulated, are three
+    d0 = plain.images["D_0"] * plain.bytes["images"] / sum(plain.images.values())
+    assert planned(export__reference_share=0.25).bytes["shards"] == pytest.approx(1.25 * 3 * rows)
+    assert planned(export__reference_share=1000).bytes["shards"] == pytest.approx(3 * rows + 2 * d0)
+    assert planned(export__unweighted="repeats").bytes["shards"] == pytest.approx(2 * 3 * rows)
+    neon = planned(train__neon=0.1, train__neon_on="candidates")
+    assert neon.hours["training"] == pytest.approx(2 * plain.hours["training"])
+
+
 def test_plan_speaks_to_people(winnow: Any) -> None:
     said = winnow("plan", "--recipe", "rsidiff-sd14")
     assert said.status == 0 and [line.split()[0] for line in said.out.splitlines()] == ["images", "disk", "hours"]

@@ -46,7 +46,8 @@ def open_run(
         import torch
 
         torch.set_num_threads(loaded.threads)
-    run = Run(create(store), loaded.for_arm(arm), 1, arm, shard, of)
+    settings = loaded.for_arm(arm)  # before a store is made: a name that is wrong leaves none behind
+    run = Run(create(store), settings, 1, arm, shard, of)
     if round is None:
         done = run.query("SELECT coalesce(max(round), 0) AS n FROM rounds WHERE arm = $arm", arm=arm)
         round = done["n"][0].as_py() + 1
