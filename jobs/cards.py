@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from curate.weigh import effective_sample_size
+from jobs import models
 from jobs.images import decode
 from jobs.metrics import HEADLINES, half_width, name_of, shown
 from jobs.questions import Publish
 from jobs.recipe import Recipe
-from jobs.select import selecting
+from jobs.select import choosing
 from jobs.summary import Source
 from jobs.upload import Item, item
 
@@ -61,14 +63,6 @@ class Story:
         names = [*(name for name in HEADLINES if name in measured), *sorted(measured - {*HEADLINES})]
         return [{"name": name_of(name), "base": _figure(name, base), "round": _figure(name, mine)} for name in names]
 
-    def models(self, split: str) -> list[str]:
-        """The models that made the round's samples of a split, as their rows name them."""
-        found = self.source.rows(
-            "SELECT DISTINCT model FROM samples WHERE arm = $arm AND round <= $round AND split = $split ORDER BY model",
-            arm=self.arm, round=self.round, split=split,
-        )  # fmt: skip
-        return [row["model"] for row in found]
-
     def funnel(self) -> list[dict[str, Any]]:
         """By round: how many candidates there were and were kept, their weights and effective number."""
         found = self.source.rows(
@@ -85,8 +79,7 @@ class Story:
 
     def scores(self) -> list[dict[str, Any]]:
         """By scorer: the mean over the round's kept and dropped candidates, and what it was used for."""
-        selects = {*(selecting(self.recipe) if self.recipe.select.policy != "random" else ()),
-                   *self.recipe.select.floors}  # fmt: skip
+        selects = set(choosing(self.recipe))
         found = self.source.rows(
             "SELECT scorer, avg(value) FILTER (WHERE kept) AS kept, avg(value) FILTER (WHERE NOT kept) AS dropped "
             "FROM selections JOIN scores USING (sample_id) WHERE selection = $arm AND selections.round = $round "
@@ -128,31 +121,47 @@ class Story:
         }  # fmt: skip
 
 
+def anywhere(text: str) -> str:
+    """The text with ~ for the home folder: where somebody lives is nobody's business."""
+    home = Path.home()
+    if len(home.parts) < 2:  # the root is where everything lies
+        return text
+    return re.sub(rf"(?<![\w.~-]){re.escape(str(home))}(?![\w-])", "~", text)
+
+
+def _makers(configs: Sequence[Config]) -> list[str]:
+    """What made the images that are published, as their rows name it: models, and sources that were taken in."""
+    files = [one.content for config in configs if config.name in ("default", "samples") for one in config.items]
+    found = (pq.read_table(file, columns=["model"])["model"].unique().to_pylist() for file in files)
+    return sorted({name for names in found for name in names})
+
+
 def dataset(story: Story, what: str, configs: Sequence[Config]) -> tuple[str, list[Item]]:
     """The card of a dataset, and the files that it shows."""
-    makers = story.models("train")
+    makers = _makers(configs)
     own = [name for name in makers if name.startswith("own:")]
+    made = [name for name in makers if name not in own]
     images = sum(config.rows for config in configs if config.name in ("default", "samples"))
     head = {
         "license": story.answers.license,
         "pretty_name": story.repo.partition("/")[2],
         "task_categories": ["text-to-image"],
         "size_categories": [next((name for most, name in SIZES if images < most), "n>1T")],
-        "tags": ["image", *([] if own and len(own) == len(makers) else ["synthetic"]), "winnow"],
-        "source_model": makers or None,
+        "tags": ["image", *([] if own else ["synthetic"]), "winnow"],
+        "source_model": made or None,
         "source_model_license": story.answers.source_license,
         "configs": [_loading(config) for config in configs],
         "dataset_info": [_info(config) for config in configs],
     }
     sheet = story.sheet("train")
-    return _render("dataset.md", head, story, what=what, configs=configs, images=images, makers=makers, own=own,
+    return _render("dataset.md", head, story, what=what, configs=configs, images=images, made=made, own=own,
                    grid=GRID if sheet else None), sheet  # fmt: skip
 
 
 def model(story: Story, lora: bool) -> tuple[str, list[Item]]:
     """The card of a trained model, or of a LoRA, and the files that it shows."""
     base = story.recipe.model
-    public = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    public = base.count("/") == 1 and isinstance(models.locate(base), str)
     head = {
         "license": story.answers.license,
         "library_name": "diffusers",
@@ -173,9 +182,13 @@ def _render(template: str, head: dict[str, Any], story: Story, **more: Any) -> s
         keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
-    known = {key: value for key, value in head.items() if value is not None}
-    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=120)
-    return f"---\n{front}---\n\n" + environment.get_template(template).render(**story.common(), **more)
+    told = {key: value for key, value in head.items() if value is not None}
+    info = told.pop("dataset_info", None)
+    front = anywhere(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120))
+    if info is not None:  # whose names of columns have to be those of the files
+        front += yaml.safe_dump({"dataset_info": info}, sort_keys=False, allow_unicode=True, width=120)
+    body = environment.get_template(template).render(**story.common(), **more)
+    return f"---\n{front}---\n\n{anywhere(body)}"
 
 
 def _figure(metric: str, figures: dict[str, Any]) -> str:

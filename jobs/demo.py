@@ -55,7 +55,8 @@ def play_arms(store: Path, name: str, settings: list[tuple[list[str], Any]]) -> 
 @contextmanager
 def _processes(store: Path, name: str, settings: list[tuple[list[str], Any]], arms: list[str]) -> Iterator[None]:
     """Loop ``arms``, a process each, and leave when all have ended; an error here ends them."""
-    sets = [word for keys, value in settings for word in ("--set", f"{'.'.join(keys)}={json.dumps(value)}")]
+    texts = [f"{'.'.join(keys)}={json.dumps(value, ensure_ascii=False)}" for keys, value in settings]
+    sets = [word for text in texts for word in ("--set", text)]
     verb = [sys.executable, "-m", "jobs.cli", "loop", "--recipe", name, "--store", str(store), *sets]
     with ExitStack() as stack:
         for arm in arms:

@@ -24,7 +24,11 @@ from storage.snapshot import numbers, told
 WHAT = ("selection", "store", "model")
 Setting = tuple[list[str], Any]  # the path of keys, and the value
 
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+# Such as a token looks, also right after what JSON or an address writes before it: "\\n", "=".
+_SECRET = re.compile(
+    r"(?:(?<![A-Za-z0-9])|\\[nrt])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|gsk_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,})"
+)
 
 
 def publish(
@@ -40,8 +44,10 @@ def publish(
     ``unanswered``, answers may be missing. Raises WinnowError where answers, shards or the model are missing, a file
     holds a token, and whatever ``to_hub`` and ``to_folder`` refuse.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", to):
-        raise WinnowError(f"--to {to!r}: no repository; write user/name")
+    _refuse_name(to)
+    for keys, _ in sets:
+        if keys[0] != "publish":
+            raise WinnowError(f"--set {'.'.join(keys)}: the store was made with its own; set answers alone, publish.…")
     if what not in WHAT:
         raise WinnowError(f"--what {what!r}: unknown; allowed are {', '.join(WHAT)}")
     with opened(store) as source:
@@ -53,7 +59,9 @@ def publish(
         if recipe is None:
             raise WinnowError(f"{store}: its recipe is of another Winnow; publish with that one")
         answers = _answers(recipe, given, sets, unanswered)
-        number = round or _round(source, what, arm, summary["arms"][arm]["kept_round"])
+        if what == "store":
+            _refuse_voters(source, answers)
+        number = _round(source, what, arm, summary["arms"][arm]["kept_round"], round)
         items = summed(_files(cards.Story(source, summary, recipe, answers, arm, number, to), what))
     for one in items:
         _refuse_secrets(one)
@@ -81,16 +89,42 @@ def _answers(recipe: Recipe, given: Recipe | None, sets: Sequence[Setting], unan
     return answers
 
 
-def _round(source: Source, what: str, arm: str, kept: int | None) -> int:
-    """The round that the guard keeps or, where it keeps none and no model is asked for, the newest."""
-    if what == "model" and kept == 0:
+def _refuse_name(to: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        if to.count("/") != 1:
+            raise HFValidationError("it has no user, or more than one")
+        validate_repo_id(to)
+    except HFValidationError as error:
+        raise WinnowError(f"--to {to!r}: no name of a repository ({error}); write user/name") from error
+
+
+def _refuse_voters(source: Source, answers: Publish) -> None:
+    """The table of votes says who voted what, and a store is a store again with all of its tables alone."""
+    names = [row["voter"] for row in source.rows("SELECT DISTINCT voter FROM votes ORDER BY voter")]
+    if names and not answers.voters:
+        raise WinnowError(
+            f"--what store: its votes name {len(names)} who voted; set publish.voters to true where they agree, or "
+            "publish a selection, which holds no votes"
+        )
+
+
+def _round(source: Source, what: str, arm: str, kept: int | None, asked: int | None = None) -> int:
+    """The round that is asked for, else the one that the guard keeps or, where it keeps none and no model is asked for,
+    the newest."""
+    if asked is None and what == "model" and kept == 0:
         raise WinnowError(f"--what model: the guard keeps the base, no round of {arm!r}; give --round to publish one")
     table = "rounds WHERE arm" if what == "model" else "selections WHERE selection"
     sql = f"SELECT DISTINCT round FROM {table} = $arm AND round > 0 ORDER BY round"
     rounds = [row["round"] for row in source.rows(sql, arm=arm)]
     if not rounds:
         raise WinnowError(f"{source.store}: arm {arm!r} has finished no round; run 'winnow round' first")
-    return kept if kept in rounds else rounds[-1]
+    if asked is None:
+        return kept if kept in rounds else rounds[-1]
+    if asked not in rounds and what == "store":  # of the others more can be said, see `_selection` and `_model`
+        raise WinnowError(f"--round {asked}: not in {arm!r}; it has {', '.join(map(str, rounds))}")
+    return asked
 
 
 def _files(story: cards.Story, what: str) -> list[Item]:
@@ -106,14 +140,9 @@ def _files(story: cards.Story, what: str) -> list[Item]:
         config = _selection(story.source, story.arm, story.round)
         data = config.items
         card, shown = cards.dataset(story, what, [config])
-    recipe = yaml.safe_dump(story.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    texts = {"README.md": card, "recipe.yaml": recipe}
-    return [*(item(path, _anywhere(text).encode()) for path, text in texts.items()), *shown, *data]
-
-
-def _anywhere(text: str) -> str:
-    """The text with ~ for the home folder: where somebody lives is nobody's business."""
-    return text.replace(str(Path.home()), "~")
+    answered = story.recipe.model_copy(update={"publish": story.answers})
+    recipe = cards.anywhere(yaml.safe_dump(answered.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return [item("README.md", card.encode()), item("recipe.yaml", recipe.encode()), *shown, *data]
 
 
 def _selection(source: Source, arm: str, round: int) -> cards.Config:
@@ -154,7 +183,7 @@ def _store(source: Source) -> list[cards.Config]:
 def _frame(source: Source) -> list[Item]:
     """What makes the published tables a store again: its marker and its snapshots up to the one that is published."""
     known = [number for number in numbers(source.store) if number <= source.snapshot.number]
-    snapshots = [item(f"snapshots/{number:06d}.json", told(source.store, number, _anywhere)) for number in known]
+    snapshots = [item(f"snapshots/{number:06d}.json", told(source.store, number, cards.anywhere)) for number in known]
     return [item(MARKER, source.store / MARKER), *snapshots]
 
 
@@ -180,7 +209,7 @@ def _refuse_secrets(one: Item) -> None:
     """Cards, recipes and snapshots are read by everybody: no token may stand in them."""
     from huggingface_hub import get_token
 
-    if not one.path.endswith((".md", ".yaml", ".json")) or one.bytes > 2**24:
+    if not one.path.endswith((".md", ".yaml", ".json")):
         return
     text = one.read().decode(errors="replace")
     token = get_token()

@@ -19,13 +19,15 @@ class Publish(Settings):
     ``license``: of what is published, as the Hub names it. ``source_license``: of the model that made the images, or
     of the images, where they were taken in. ``prompts``: where they come from, and on what terms they may be passed
     on. ``people``: whether real people are shown or named. ``unsafe``: how sexual, violent and hateful content was kept
-    out, or that nobody looked."""
+    out, or that nobody looked. ``voters``: whether the names of those who voted may be published, with a whole
+    store."""
 
     license: str | None = None
     source_license: str | None = None
     prompts: str | None = None
     people: str | None = None
     unsafe: str | None = None
+    voters: bool = False
 
     def missing(self) -> list[str]:
         return [key for key in QUESTIONS if not (getattr(self, key) or "").strip()]

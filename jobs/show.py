@@ -29,12 +29,16 @@ def show(result: pa.Table, format: str = "table") -> None:
     if format == "table":
         _table(result)
     elif format == "json":
-        print(json.dumps(_finite(result.to_pylist()), default=_plain, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(_finite(_listed(result)), default=_plain, ensure_ascii=False, allow_nan=False))
     elif format == "csv":
         for i, column in enumerate(result.columns):
             if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_interval(column.type):
-                result = result.set_column(i, result.column_names[i], pa.array([_text(v) for v in column.to_pylist()]))
-        pc.write_csv(result, sys.stdout.buffer)
+                texts = pa.array([value if value is None else _text(value) for value in _listed(column)], pa.string())
+                result = result.set_column(i, result.column_names[i], texts)
+        try:
+            pc.write_csv(result, sys.stdout.buffer)
+        except pa.ArrowException as error:  # such as of numbers of any length
+            raise WinnowError(f"--format csv: {error}; cast that column to text") from error
     elif format == "parquet":
         if sys.stdout.isatty():
             raise WinnowError("--format parquet: not for a terminal; redirect it, as in > result.parquet")
@@ -44,6 +48,14 @@ def show(result: pa.Table, format: str = "table") -> None:
             raise WinnowError(f"--format parquet: {error}; cast that column to text") from error
     else:
         raise WinnowError(f"--format {format!r}: unknown; allowed are {', '.join(FORMATS)}")
+
+
+def _listed(values: Any) -> list[Any]:
+    """The rows of a table, or the values of a column, as Python has them."""
+    try:
+        return list(values.to_pylist())
+    except (OverflowError, ValueError, pa.ArrowException) as error:  # such as a date after the year 9999
+        raise WinnowError(f"sql: a value is beyond what can be shown ({error}); cast its column to text") from error
 
 
 def _numbered(result: pa.Table) -> pa.Table:
@@ -58,7 +70,7 @@ def _finite(value: Any) -> Any:
     """The same with null in place of NaN and infinity, of which JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # a map is a list of pairs
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -67,7 +79,7 @@ def _table(result: pa.Table) -> None:
     shown = Table()
     for name in result.column_names:
         shown.add_column(Text(name))
-    for row in result.slice(0, 1000).to_pylist():
+    for row in _listed(result.slice(0, 1000)):
         shown.add_row(*(_short(value) for value in row.values()))
     # Off a terminal nothing is cut: other programs read it.
     console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)

@@ -22,7 +22,7 @@ from storage.query import arrow, stream
 
 def similar(store: Path, sample: int, space: str | None = None, k: int = 10) -> pa.Table:
     """The k samples that are most like one by the cosine in ``space`` (null: the only one that it is embedded in)."""
-    sql = "SELECT encoder, vector FROM embeddings WHERE sample_id = $id AND encoder = coalesce($e, encoder)"
+    sql = "SELECT encoder, revision, vector FROM embeddings WHERE sample_id = $id AND encoder = coalesce($e, encoder)"
     found = arrow(check(store), sql, {"id": sample, "e": space})
     if not found.num_rows:
         sample_row(store, sample)  # says so where there is none
@@ -34,7 +34,8 @@ def similar(store: Path, sample: int, space: str | None = None, k: int = 10) -> 
         raise WinnowError(
             f"sample {sample} is embedded in {', '.join(found['encoder'].to_pylist())}: choose one by --space"
         )
-    return _closest(store, found["encoder"][0].as_py(), np.array(found["vector"][0].as_py()), k, sample)
+    [one] = found.to_pylist()
+    return _closest(store, one["encoder"], one["revision"], np.array(one["vector"]), k, sample)
 
 
 def search(store: Path, text: str, space: str | None = None, k: int = 10) -> pa.Table:
@@ -48,23 +49,29 @@ def search(store: Path, text: str, space: str | None = None, k: int = 10) -> pa.
             "encoder to embed.encoders and run 'winnow embed', or name one of your own by --space"
         )  # fmt: skip
         raise WinnowError(f"{store}: {what}")
-    read = encoder(able[0]).texts
+    loaded = encoder(able[0])
+    read = loaded.texts
     if read is None:
         raise WinnowError(f"encoder {able[0]!r} reads no text; take an open_clip, clip or siglip one")
     if not text.strip():
         raise WinnowError("search: the text is empty; say what to look for")
-    return _closest(store, able[0], read([text])[0], k, None)
+    return _closest(store, able[0], loaded.revision, read([text])[0], k, None)
 
 
-def _closest(store: Path, space: str, query: np.ndarray, k: int, without: int | None) -> pa.Table:
-    """sample_id, similarity, round, arm, split, prompt of the k nearest, the most similar first."""
+def _closest(store: Path, space: str, revision: str, query: np.ndarray, k: int, without: int | None) -> pa.Table:
+    """sample_id, similarity, round, arm, split, prompt of the k nearest, the most similar first, by vectors that the
+    same encoder made, of this revision: those of another are no neighbours."""
     best = Closest(query, k)
-    for batch in stream(store, "SELECT sample_id, vector FROM embeddings WHERE encoder = $e AND sample_id <> $not",
-                        {"e": space, "not": -1 if without is None else without}):  # fmt: skip
+    for batch in stream(store, "SELECT sample_id, vector FROM embeddings WHERE encoder = $e AND revision = $r "
+                        "AND sample_id <> $not",
+                        {"e": space, "r": revision, "not": -1 if without is None else without}):  # fmt: skip
         best.add(batch["sample_id"].to_numpy(), matrix(batch["vector"], len(query), f"vectors of {space!r} in {store}"))
     numbers, likeness = best.found()
     if not len(numbers):
-        raise WinnowError(f"{store}: has no other vectors of {space!r}; run 'winnow embed' first")
+        raise WinnowError(
+            f"{store}: has no other vectors of {space!r} in its revision {revision}; run 'winnow embed' first, or go "
+            "back to the encoder that made those that it has"
+        )
     rows = arrow(
         store, "SELECT sample_id, round, arm, split, prompt FROM samples WHERE sample_id IN (SELECT unnest($ids))",
         {"ids": numbers.tolist()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,13 +72,19 @@ def recipe_of(source: Source, arm: str) -> Recipe | None:
     raw = source.snapshot.recipe
     if mine:
         known = [number for number in numbers(source.store) if number <= source.snapshot.number]
-        newest = max(mine, key=lambda path: ("/rounds/" in path, path))
+        newest = max(mine, key=lambda path: ("/rounds/" in path, _round_of(path), path))
         first = bisect_left(known, True, key=lambda number: newest in load(source.store, number).by_path())
         raw = load(source.store, known[first]).recipe
     try:
         return Recipe.model_validate(raw)
     except (ValidationError, WinnowError):  # sealed without a recipe, or by a Winnow that had other settings
         return None
+
+
+def _round_of(path: str) -> int:
+    """The round whose folder a part stands in; -1 where it stands in none."""
+    found = re.search(r"/round-(\d+)/", path)
+    return int(found[1]) if found else -1
 
 
 def summarise(source: Source) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from storage.content import sha256_of
 from storage.durable import storage_errors
 
 SUMS = "SHA256SUMS"  # as ``sha256sum --check`` reads it
+UPLOAD = "winnow-upload-"  # and a digest: the branch that files come to first
 HUBS_OWN = {".gitattributes", "README.md"}  # in a repository that is new, or that somebody has only begun to describe
 BATCH_BYTES, BATCH_FILES = 2**30, 100  # in a commit on the branch: what is uploaded again where it breaks off
 
@@ -60,6 +61,7 @@ def summed(items: Sequence[Item]) -> list[Item]:
 def to_folder(items: Sequence[Item], folder: Path) -> None:
     """Write the items into ``folder``, all or nothing; WinnowError where it holds something, or a file is not as it
     should be."""
+    folder = folder.resolve()  # "." has no name, and a link is no folder to be replaced
     with (
         storage_errors(folder.parent, folder), _beside(folder) as draft, bar("publish (dry run)", len(items)) as advance
     ):  # fmt: skip
@@ -118,9 +120,14 @@ class _Upload:
         info = self.api.repo_info(**there)
         if private and info.private is False:
             raise WinnowError(f"{self.kind} {self.repo}: is open to all; publish with --public, or under another name")
+        if not private and info.private:
+            raise WinnowError(
+                f"{self.kind} {self.repo}: is private, and stays so; open it on its page first, or publish without "
+                "--public"
+            )
         wanted = {one.path: one for one in items}
         content = wanted[SUMS].sha256[:12]
-        tag, branch = tag or f"winnow-{content}", f"winnow-upload-{content}"
+        tag, branch = tag or f"winnow-{content}", f"{UPLOAD}{content}"
         refs = self.api.list_repo_refs(**there)
         tagged = {ref.name: ref.target_commit for ref in refs.tags}
         if tag in tagged and self._changed(items, self._tree(tagged[tag])):
@@ -136,8 +143,10 @@ class _Upload:
             raise WinnowError(f"{self.kind} {self.repo}: {wrong[0].path} did not arrive as it is here; publish again")
         if tag not in tagged:
             self.api.create_tag(**there, tag=tag, revision=commit, exist_ok=True)
-        if changed or stale or branch in {ref.name for ref in refs.branches}:
-            self.api.delete_branch(**there, branch=branch)
+        # Those of uploads that were stopped, too: what was corrected since would stay to be read there.
+        left = {ref.name for ref in refs.branches if ref.name.startswith(UPLOAD)}
+        for name in sorted(left | ({branch} if changed or stale else set())):
+            self.api.delete_branch(**there, branch=name)
         return commit, tag
 
     def _tree(self, revision: str) -> dict[str, Any]:
@@ -152,7 +161,8 @@ class _Upload:
         if SUMS in tree:
             sums = Path(self.api.hf_hub_download(self.repo, SUMS, repo_type=self.kind, revision=revision))
             listed = {line[66:] for line in sums.read_text(encoding="utf-8").splitlines() if line[64:66] == "  "}
-            return listed & tree.keys()
+            if {"README.md", "recipe.yaml"} <= listed:
+                return listed & tree.keys()
         if others := sorted(tree.keys() - HUBS_OWN):
             raise WinnowError(
                 f"{self.kind} {self.repo}: holds {others[0]}, which was not published from here; give another name, or "

@@ -206,6 +206,10 @@ def _fetch(connection: duckdb.DuckDBPyConnection, statement: str) -> pa.Table:
 def _read_only(sql: str) -> Iterator[str]:
     """The statements of `sql`; WinnowError where one could do more than read."""
     try:
+        sql.encode()
+    except UnicodeEncodeError as error:
+        raise WinnowError("sql: it is no UTF-8; write it in UTF-8") from error
+    try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
         raise WinnowError(f"sql: {_one_line(error)}") from error

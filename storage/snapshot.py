@@ -163,11 +163,12 @@ def seal(
 
 
 def told(root: str | Path, number: int, change: Callable[[str], str]) -> bytes:
-    """The file of a snapshot with the text of its recipe changed, as it reads elsewhere: its SHA-256 is of that."""
+    """The file of a snapshot with its text changed but for its parts, as it reads elsewhere: its SHA-256 is of that."""
     load(root, number)  # which says so if it is damaged
     body = json.loads((check(root) / _file(number)).read_text())
     body.pop("sha256")
-    body["recipe"] = json.loads(change(json.dumps(body["recipe"], ensure_ascii=False)))
+    parts = body.pop("parts")
+    body = json.loads(change(json.dumps(body, ensure_ascii=False))) | {"parts": parts}
     return json.dumps({"sha256": _sha256(body), **body}, indent=1).encode()
 
 

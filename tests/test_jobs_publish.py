@@ -20,8 +20,9 @@ from conftest import World
 from hub_server import TOKEN, Blob, Hub
 from PIL import Image
 
+from jobs import cards, votes
 from jobs.metrics import shown
-from jobs.publish import publish
+from jobs.publish import _refuse_secrets, publish
 from jobs.summary import opened, summarise
 from jobs.upload import SUMS, Item, item, summed, to_hub
 from schemas.errors import WinnowError
@@ -174,6 +175,86 @@ def test_a_published_store_does_not_tell_where_its_owner_lives(
     assert snapshot.load(copy, numbers(copy)[-1]).recipe["model"] == "~/model"
 
 
+@pytest.mark.parametrize("home", ["/", "/data"])
+def test_a_home_that_is_the_root_or_the_start_of_a_name_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    publish(world.store, TO, sets=LICENSED, round=1, folder=tmp_path / "plain")
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path(home)))
+    publish(world.store, TO, sets=LICENSED, round=1, folder=tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(tmp_path / "plain")
+
+
+def test_names_of_columns_stay_those_of_the_files(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scorer may be named by a path below the home folder."""
+    home = tmp_path / "anna"
+    one = pa.table({f"score:{home}/clip": [1.0], "model": ["m@1"]})
+    pq.write_table(one, tmp_path / "one.parquet")
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: home))
+    config = cards.Config("default", ("data/train-*",), [item("data/train-0.parquet", tmp_path / "one.parquet")], 1)
+    with opened(world.store) as source:
+        summary = summarise(source)
+        recipe = world.recipe.for_arm("curated")
+        story = cards.Story(source, summary, recipe, recipe.publish, "curated", 1, TO)
+        head, _ = card(cards.dataset(story, "selection", [config])[0])
+    assert {feature["name"] for feature in head["dataset_info"][0]["features"]} == set(one.column_names)
+
+
+@pytest.mark.parametrize(("makers", "tag", "said"), [
+    (["m@1", "n@2"], True, "All images are synthetic: made by `m@1`, `n@2`."),
+    (["m@1", "own:photos"], False, "Some images are synthetic, made by `m@1`; others were\ntaken in, not made here: "
+                                   "`own:photos`."),
+    (["own:photos"], False, "The images were taken in, not made here: `own:photos`."),
+])  # fmt: skip
+def test_the_card_tells_what_made_the_published_images(
+    world: World, tmp_path: Path, makers: list[str], tag: bool, said: str
+) -> None:
+    pq.write_table(pa.table({"model": makers}), tmp_path / "one.parquet")
+    config = cards.Config("default", ("data/*",), [item("data/one.parquet", tmp_path / "one.parquet")], len(makers))
+    with opened(world.store) as source:
+        recipe = world.recipe.for_arm("curated")
+        story = cards.Story(source, summarise(source), recipe, recipe.publish, "curated", 1, TO)
+        head, body = card(cards.dataset(story, "selection", [config])[0])
+    assert said in body and ("synthetic" in head["tags"]) is tag
+    assert head.get("source_model") == ([name for name in makers if not name.startswith("own:")] or None)
+
+
+def test_votes_are_published_where_voters_agree_alone(world: World, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(world.store, store)
+    number = world.rows("SELECT min(sample_id) AS n FROM samples WHERE round = 1 AND split = 'train'")[0]["n"]
+    votes.cast(store, "anna", "keep", number, None, "keep", 1.0)
+    votes.gather(store)
+    publish(store, TO, sets=LICENSED, round=1, folder=tmp_path / "selection")
+    with pytest.raises(WinnowError, match="its votes name 1 who voted; set publish.voters to true"):
+        publish(store, TO, "store", sets=LICENSED, folder=tmp_path / "out")
+    publish(store, TO, "store", sets=[*LICENSED, (["publish", "voters"], True)], folder=tmp_path / "out")
+
+
+def test_the_recipe_has_the_answers(world: World, tmp_path: Path) -> None:
+    publish(world.store, TO, sets=LICENSED, round=1, folder=tmp_path / "out")
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["publish"]["license"] == "cc-by-4.0"
+    with pytest.raises(WinnowError, match=r"--set generate\.steps: the store was made with its own"):
+        publish(world.store, TO, sets=[*LICENSED, (["generate", "steps"], 9)], folder=tmp_path / "more")
+
+
+@pytest.mark.parametrize("to", ["a/b.git", "é/x", "ada/a--b", "../digits", "ada/..", "ada", "a/b/c"])
+def test_a_name_that_no_repository_can_have_is_named(world: World, tmp_path: Path, to: str) -> None:
+    with pytest.raises(WinnowError, match="no name of a repository .*write user/name"):
+        publish(world.store, to, sets=LICENSED, folder=tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [
+    'a line\\nhf_' + "a" * 30, "?api_key=AIza" + "b" * 35, "ghp_" + "c" * 36, "gsk_" + "d" * 30, '"sk-' + "e" * 30,
+])  # fmt: skip
+def test_what_looks_like_a_token_is_found(text: str) -> None:
+    with pytest.raises(WinnowError, match="looks like a token"):
+        _refuse_secrets(item("recipe.yaml", text.encode()))
+    _refuse_secrets(item("recipe.yaml", b"a risk-" + b"f" * 30 + b", shf_" + b"g" * 30))
+
+
 def test_each_config_of_a_store_loads(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -253,6 +334,7 @@ def test_nothing_is_published_without_answers(world: World, tmp_path: Path, winn
         (["--arm", "third"], "it has curated, naive"),
         (["--round", "9"], "round 9 of 'curated' is not exported"),
         (["--what", "model", "--round", "9"], "trained no model there"),
+        (["--what", "store", "--round", "9"], "--round 9: not in 'curated'; it has 1, 2"),
         (["--recipe", "sdxl-lora"], "give the recipe of that run"),
         (["--set", "publish.licence=mit"], "did you mean 'license'"),
     ],
@@ -318,6 +400,31 @@ def test_a_repository_of_somebody_else_is_left_alone(world: World, hub: Hub) -> 
     assert repo.files() == {"mine.csv": b"a,b\n"}
 
 
+def test_a_list_of_sums_of_somebody_elses_is_no_sign_of_ours(world: World, hub: Hub) -> None:
+    publish(world.store, "ada/sums", sets=LICENSED, round=1)
+    repo = hub.repos["datasets/ada/sums"]
+    listed = b"0" * 64 + b"  corpus.bin\n"
+    repo.commit("main", {"corpus.bin": Blob(b"x", False), SUMS: Blob(listed, False)})
+    with pytest.raises(WinnowError, match=r"holds SHA256SUMS, which was not published from here"):
+        publish(world.store, "ada/sums", sets=LICENSED, round=1, tag="second")
+    assert repo.files() == {"corpus.bin": b"x", SUMS: listed}
+
+
+def test_what_is_private_is_not_said_to_be_public(world: World, hub: Hub) -> None:
+    publish(world.store, "ada/hidden", sets=LICENSED, round=1)
+    with pytest.raises(WinnowError, match="is private, and stays so"):
+        publish(world.store, "ada/hidden", sets=LICENSED, round=2, public=True)
+
+
+def test_what_a_stopped_upload_left_goes_with_the_next(world: World, hub: Hub) -> None:
+    publish(world.store, TO, sets=LICENSED, round=1)
+    repo = hub.repos[REPO]
+    repo.branches["winnow-upload-0123456789ab"] = repo.branches["main"]
+    repo.branches["mine"] = repo.branches["main"]
+    publish(world.store, TO, sets=LICENSED, round=2)
+    assert set(repo.branches) == {"main", "mine"}
+
+
 def test_what_is_open_stays_untouched_unless_public_is_said(world: World, hub: Hub) -> None:
     publish(world.store, TO, sets=LICENSED, round=1, public=True)
     repo = hub.repos[REPO]
@@ -371,7 +478,9 @@ def test_only_what_changed_is_uploaded(world: World, hub: Hub) -> None:
     again = hub.asked[asked:]
     assert not [line for line in again if re.match("(PUT|DELETE)", line) or re.search("/(commit|preupload|tag)/", line)]
     publish(world.store, TO, sets=[(["publish", "license"], "mit")], round=1)
-    assert hub.uploaded == uploaded and {n for n in first if repo.files()[n] != first[n]} == {"README.md", SUMS}
+    assert hub.uploaded == uploaded and {n for n in first if repo.files()[n] != first[n]} == {
+        "README.md", "recipe.yaml", SUMS
+    }  # fmt: skip
     repo.commit("main", repo.commits[repo.branches["main"]] | {"LICENSE": Blob(b"mine", False)})
     publish(world.store, TO, sets=LICENSED, round=2)
     files = repo.files()

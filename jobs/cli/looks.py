@@ -12,6 +12,8 @@ import typer
 from jobs.cli.app import STORE, StorePath, app
 from schemas.errors import WinnowError
 
+SampleId = Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="A sample_id.")]
+
 
 @app.command()
 def report(store: StorePath = STORE) -> None:
@@ -60,7 +62,7 @@ def _text(file: Path | None) -> str:
 
 @app.command()
 def explain(
-    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    sample: SampleId,
     store: StorePath = STORE,
     format: Annotated[str, typer.Option(help="text or json.")] = "text",
 ) -> None:
@@ -82,7 +84,7 @@ Format = Annotated[str, typer.Option(help="table, json, csv or parquet.")]
 
 @app.command()
 def similar(
-    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    sample: SampleId,
     store: StorePath = STORE, space: Space = None, k: Count = 10, format: Format = "table",
 ) -> None:  # fmt: skip
     """Find the samples that are most like one."""
@@ -106,7 +108,7 @@ def search(
 
 @app.command()
 def replay(
-    sample: Annotated[int, typer.Argument(help="A sample_id.")],
+    sample: SampleId,
     store: StorePath = STORE,
     tolerance: Annotated[float, typer.Option(min=0, help="The mean difference (of 255) that counts as equal.")] = 1.0,
     to: Annotated[Path | None, typer.Option(help="Where to write both images, side by side, as PNG.")] = None,

@@ -21,7 +21,7 @@ def prompts(
     """Curate prompts from a text, TSV, CSV, JSONL or Parquet file, or a dataset of the Hub."""
     from jobs.prompts import prompts as stage
 
-    sets = [*(set or []), *([f"prompts.source={json.dumps(source)}"] if source else [])]
+    sets = [*(set or []), *([f"prompts.source={json.dumps(source, ensure_ascii=False)}"] if source else [])]
     run = open_run(recipe, store, first_arm(recipe), 1, sets)
     stage(run)
     for row in run.query(
@@ -87,8 +87,8 @@ def refine(
     """Noise chosen samples again and denoise them, whole or in part; each attempt is a new sample with its parent."""
     from jobs.refine import refine as stage
 
-    sets = [*(set or []), *(f"refine.{key}={json.dumps(value)}" for key, value in (("where", where), ("limit", limit))
-                            if value is not None)]  # fmt: skip
+    given = {key: value for key, value in (("where", where), ("limit", limit)) if value is not None}
+    sets = [*(set or []), *(f"refine.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())]
     run = open_run(recipe, store, arm, round, sets, shard, of)
     stage(run)
     for row in run.query(

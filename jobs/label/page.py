@@ -66,7 +66,8 @@ def page(booth: Booth, token: str, port: int) -> FastAPI:
         await asyncio.to_thread(booth.seal)
 
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+    names = ("127.0.0.1", "localhost")
+    hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())  # browsers leave :80 out
     cookie = f"winnow-{port}"
 
     @app.middleware("http")

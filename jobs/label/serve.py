@@ -18,6 +18,7 @@ def listen(port: int) -> socket.socket:
     """A socket on 127.0.0.1; ``port`` 0 takes a free one. WinnowError where it is taken."""
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left is free
         found.bind(("127.0.0.1", port))
     except OSError as error:
         found.close()

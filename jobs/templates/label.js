@@ -102,7 +102,11 @@ function tile({ id }) {
   picture(image, id);
   one.append(image);
   one.addEventListener("focus", () => { focused = tiles().indexOf(one); });
-  one.addEventListener("click", () => pick(one.dataset.choice === "keep" ? "drop" : "keep"));
+  one.addEventListener("click", () => {
+    focused = tiles().indexOf(one);  // not every browser focuses a button that is clicked
+    one.focus();
+    pick(one.dataset.choice === "keep" ? "drop" : "keep");
+  });
   return one;
 }
 
