@@ -81,6 +81,24 @@ def test_sql_from_a_file_and_from_standard_input(
     assert "not several" in winnow("sql", "SELECT 1", "--views", "--store", world.store).line
 
 
+@pytest.mark.parametrize(("sql", "format", "said"), [
+    ("SELECT 'infinity'::DATE AS a", "table", "beyond what can be shown"),
+    ("SELECT 'infinity'::TIMESTAMP AS a", "json", "beyond what can be shown"),
+    ("SELECT 'a\udcff'", "json", "no UTF-8"),
+])  # fmt: skip
+def test_what_cannot_be_shown_is_one_line(
+    world: World, winnow: Callable[..., Any], sql: str, format: str, said: str
+) -> None:
+    assert said in winnow("sql", sql, "--store", world.store, "--format", format).line
+
+
+def test_null_is_empty_in_csv_and_nan_is_null_in_json(world: World, winnow: Callable[..., Any]) -> None:
+    sql = "SELECT NULL::INTEGER[] AS a, [1] AS b, NULL AS c"
+    assert winnow("sql", sql, "--store", world.store, "--format", "csv").out.splitlines()[1] == ',"[1]",'
+    said = winnow("sql", "SELECT MAP {'x': 'nan'::DOUBLE} AS a", "--store", world.store, "--format", "json")
+    assert said.out.strip() == '[{"a": [["x", null]]}]'
+
+
 def test_the_views_open_without_winnow(world: World, winnow: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "views.sql").write_text(winnow("sql", "--views", "--store", world.store).out)
     code = (

@@ -73,6 +73,20 @@ def test_search_ranks_by_the_text(world: World, winnow: Callable[..., Any]) -> N
     assert len(numbers) > 5
 
 
+def test_vectors_of_another_revision_are_no_neighbours(
+    world: World, winnow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from jobs import similar
+    from jobs.encoders import encoder
+
+    newer = replace(encoder("scene-clip"), revision="newer")
+    monkeypatch.setattr(similar, "encoder", lambda name: newer)
+    line = winnow("search", "a red seven", "--store", world.store).line
+    assert "no other vectors of 'scene-clip' in its revision newer" in line
+
+
 def test_what_cannot_be_found_is_said(world: World, winnow: Callable[..., Any]) -> None:
     assert "sample 7: not in" in winnow("similar", 7, "--store", world.store).line
     number = world.rows("SELECT min(sample_id) AS n FROM embeddings WHERE encoder = 'scene-clip'")[0]["n"]

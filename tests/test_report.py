@@ -631,3 +631,19 @@ def test_scales_of_tens_are_numbered_in_full() -> None:
 def test_diversity_is_neither_better_nor_worse_in_any_space() -> None:
     assert better("diversity", 1.0) is None and better("diversity@vae", 1.0) is None
     assert better("fd_real@vae", 1.0) is False and better("scene-clip", 1.0) is True
+
+
+def test_an_arms_recipe_is_that_of_its_last_round_by_number(tmp_path: Path) -> None:
+    """Round 10 comes after round 9, and before it by the letters of its folder."""
+    store = create(tmp_path / "store")
+    recipe = recipes.load("embedded-fast")
+    blank = {pa.int32(): 0, pa.int64(): 1, pa.float64(): 0.5, pa.string(): "x", pa.bool_(): True}
+    for number in (9, 10):
+        row = {field.name: blank.get(field.type) for field in TABLES["rounds"].schema}
+        made = pa.Table.from_pylist([row | {"round": number, "arm": "curated"}], schema=TABLES["rounds"].schema)
+        path = part_path("rounds", {"round": number, "arm": "curated"}, "0", str(number))
+        changed = recipe.model_copy(update={"seed": number}).model_dump(mode="json")
+        seal(store, "guard", [commit(store, "rounds", path, made)], changed)
+    with summaries.opened(store) as source:
+        found = summaries.recipe_of(source, "curated")
+    assert found is not None and found.seed == 10
