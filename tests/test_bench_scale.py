@@ -203,7 +203,7 @@ def longer(store: Path, run: Run) -> None:
     image = {"bytes": b"\x89PNG\r\n\x1a\n", "path": "a.png"}
     sample = {"sample_id": np.array([999]), **at, "prompt_id": 1, "prompt": "more", "seed": 1, "model": "made-up",
               "width": 8, "height": 8, "attempt": 0, "refiner": None, "parent_id": None, "image": [image]}  # fmt: skip
-    vector = {"sample_id": np.array([999]), "round": run.round, "encoder": scale.SPACE, "revision": "2",
+    vector = {"sample_id": np.array([999]), "round": run.round, "encoder": scale.SPACE, "revision": "1",
               "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(9, np.float16)), 9)}  # fmt: skip
     parts = [part(store, "samples", at, sample), part(store, "embeddings", at, vector, embedding_schema(9))]
     seal(store, "more", parts, run.recipe.model_dump(mode="json"))
