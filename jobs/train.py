@@ -61,6 +61,8 @@ class Train(Settings):
     With ``neon_on`` "selection", for a selection that is none: start − w · (trained − start). With "candidates" a
     second model is trained from the start, as long, on as many of the round's candidates, drawn at random and of
     weight 1, and the result is trained + w · (start − second).
+    ``interpolate`` a goes a part of the way: start + a · (trained − start), which lies flatter than where the round's
+    training ends (WiSE-FT, arXiv 2109.01903, section 3). Null: the whole of it.
     ``checkpoint``: steps between two resumable states, 0 for none. ``watch``: steps between two looks, 0 for none: at
     the loss of a share ``validation`` of the samples, the same ones in every round, which are held back, and at a sheet
     of ``sheet`` held-out prompts.
@@ -88,6 +90,7 @@ class Train(Settings):
     prompt_dropout: float = Field(0.0, ge=0, le=1)
     neon: float | None = Field(None, gt=0)
     neon_on: Literal["selection", "candidates"] = "selection"
+    interpolate: float | None = Field(None, gt=0, lt=1)
     checkpoint: int = Field(100, ge=0)
     watch: int = Field(0, ge=0)
     validation: float = Field(0.0, ge=0, lt=1)
@@ -99,6 +102,8 @@ class Train(Settings):
             raise WinnowError(f"train.window is {list(self.window)}; give two timesteps, low and high")
         if self.validation and not self.watch:
             raise WinnowError(f"train.validation is {self.validation}, but nobody looks; set train.watch to some steps")
+        if self.neon and self.interpolate:
+            raise WinnowError("train.neon and train.interpolate both say how far a round goes; set one of them to null")
         if self.neon and self.neon_on == "candidates" and self.method == "lora":
             # The sum of two low-rank products is of twice their rank.
             raise WinnowError("train.neon_on 'candidates' adds two trainings up, which a LoRA cannot hold; set "
@@ -111,6 +116,8 @@ def _name(run: Run) -> str:
     # What changes memory or what is seen, and nothing of the weights but rounding, may change in the middle.
     apart = {"micro_batch", "checkpointing", "checkpoint", "watch", "sheet"}
     settings = run.recipe.train.model_dump(mode="json", exclude=apart)
+    if settings["interpolate"] is None:  # models that were trained before there was this setting keep their names
+        del settings["interpolate"]
     spec = ["train", models.revision(run.start_model()), shards, settings]
     return f"models/{run.arm}-r{run.round}-{digest([*spec, run.recipe.seed], 12)}"
 
@@ -181,7 +188,7 @@ def train(run: Run) -> None:
     with group.main_process_first():  # it encodes what is not cached yet
         data = build(pipe, examples(run), run.store / "cache", settings.size, settings.buckets)
     turned = _turned(pipe)
-    begun = [p.detach().to("cpu", copy=True) for p in turned] if settings.neon else []
+    begun = [p.detach().to("cpu", copy=True) for p in turned] if settings.neon or settings.interpolate else []
     watch = None
     if settings.watch:
         texts = chosen(run, "eval", settings.sheet)["text"].to_pylist() if settings.sheet else []
@@ -202,6 +209,10 @@ def train(run: Run) -> None:
             for now, start in zip(turned, begun, strict=True):
                 start = start.to(now.device)
                 now.copy_(start - settings.neon * (now - start))
+    if settings.interpolate:
+        with torch.no_grad():
+            for now, start in zip(turned, begun, strict=True):
+                now.copy_(start.to(now.device).lerp(now, settings.interpolate))
     if settings.neon and not all(bool(p.isfinite().all()) for p in turned):
         raise WinnowError(f"train: weights are not finite after a step of Neon of {settings.neon:g}; lower train.neon")
     if group.is_main_process:
@@ -231,7 +242,7 @@ def _row_is_lost(run: Run, name: str) -> bool:
 
 
 def _turned(pipe: Any) -> list[torch.nn.Parameter]:
-    """What neon moves. Of a LoRA's B·A, which starts at nothing, turning B turns all."""
+    """What neon and interpolation move. Of a LoRA's B·A, which starts at nothing, moving B moves all."""
     from jobs.families import family
 
     return [p for n, p in family(pipe).model(pipe).named_parameters() if p.requires_grad and "lora_A" not in n]
@@ -310,8 +321,9 @@ def _start(run: Run) -> tuple[Any, Callable[[Path], None]]:
         # In float32 whatever it samples in: the small steps of training are lost in bfloat16.
         pipe = models.load(start, torch.float32)
         return pipe, partial(_save, pipe)
-    if adapter and settings.neon:
-        raise WinnowError("train.neon cannot turn round a LoRA that goes on from another; set it to null")
+    for name in ("neon", "interpolate"):
+        if adapter and getattr(settings, name):
+            raise WinnowError(f"train.{name} cannot move a LoRA that goes on from another; set it to null")
     own = getattr(torch, settings.precision) if settings.precision else devices.dtype()
     pipe = models.load(base, {"vae": torch.float32, "default": own})
     lora.attach(pipe, settings.rank, run.seed("lora"), adapter)

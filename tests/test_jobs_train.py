@@ -130,6 +130,25 @@ def test_neon_turns_a_lora_round(run: Run) -> None:
     assert max(trained[name].abs().max() for name in up) > 1e-4
 
 
+def test_interpolation_goes_a_part_of_the_way(run: Run, stable_diffusion: Path) -> None:
+    start = load_file(stable_diffusion / UNET)
+    trained, part = weights_of(run), weights_of(changed(run, interpolate=0.25))
+    for name, begun in start.items():
+        torch.testing.assert_close(part[name], 0.75 * begun + 0.25 * trained[name], atol=1e-7, rtol=1e-5)
+    assert max((part[name] - trained[name]).abs().max() for name in start) > 1e-4
+    file = "pytorch_lora_weights.safetensors"
+    whole, half = (weights_of(changed(run, method="lora", rank=2, interpolate=a), file) for a in (None, 0.5))
+    up = [name for name in whole if "lora.up." in name or "lora_B" in name]
+    assert up
+    for name in whole:
+        torch.testing.assert_close(half[name], whole[name] * (0.5 if name in up else 1), atol=1e-8, rtol=1e-5)
+
+
+def test_what_says_how_far_a_round_goes_is_one_setting() -> None:
+    with pytest.raises(WinnowError, match="train.neon and train.interpolate both say how far"):
+        Train(neon=0.5, interpolate=0.5)
+
+
 def test_a_step_of_neon_into_nowhere_is_no_model(run: Run) -> None:
     away = changed(run, neon=1e300, steps=2)
     with pytest.raises(WinnowError, match=r"not finite after a step of Neon of 1e\+300; lower train\.neon"):
