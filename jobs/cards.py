@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -24,6 +25,7 @@ from jobs.recipe import Recipe
 from jobs.select import choosing
 from jobs.summary import Source
 from jobs.upload import Item, item
+from schemas.errors import WinnowError
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLUMNS, ROWS, TILE = 8, 4, 128  # of the sample grid; pixels
@@ -132,8 +134,13 @@ def anywhere(text: str) -> str:
 def _makers(configs: Sequence[Config]) -> list[str]:
     """What made the images that are published, as their rows name it: models, and sources that were taken in."""
     files = [one.content for config in configs if config.name in ("default", "samples") for one in config.items]
-    found = (pq.read_table(file, columns=["model"])["model"].unique().to_pylist() for file in files)
-    return sorted({name for names in found for name in names})
+    found: set[str] = set()
+    for file in files:
+        try:
+            found.update(pq.read_table(file, columns=["model"])["model"].unique().to_pylist())
+        except (OSError, pa.ArrowException) as error:
+            raise WinnowError(f"{file}: not readable ({error}); 'winnow verify' names the cure") from error
+    return sorted(found)
 
 
 def dataset(story: Story, what: str, configs: Sequence[Config]) -> tuple[str, list[Item]]:

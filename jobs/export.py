@@ -143,12 +143,12 @@ def _keep(
     def manifest(_: pa.Table) -> pa.Table:
         # A run that was killed between the two leaves the folder without its manifest.
         files = made or [_read(path, rows, total) for path in sorted(folder.iterdir())]
-        files_of = [
+        entries = [
             {"selection": run.arm, "round": run.round, "format": format, "path": f"{name}/{file.name}",
              "rows": file.rows, "bytes": file.bytes, "sha256": file.sha256}
             for file in files
         ]  # fmt: skip
-        return pa.Table.from_pylist(files_of, schema=TABLES["shards"].schema)
+        return pa.Table.from_pylist(entries, schema=TABLES["shards"].schema)
 
     complete(run, "export", "shards", work, lambda: manifest)
     sealed = run.query(listed, folder=f"{name}/")

@@ -24,7 +24,7 @@ from storage.snapshot import numbers, told
 WHAT = ("selection", "store", "model")
 Setting = tuple[list[str], Any]  # the path of keys, and the value
 
-# Such as a token looks, also right after what JSON or an address writes before it: "\\n", "=".
+# What tokens look like, also right after a line end as JSON writes it.
 _SECRET = re.compile(
     r"(?:(?<![A-Za-z0-9])|\\[nrt])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|gsk_[A-Za-z0-9]{20,}|AIza[A-Za-z0-9_-]{30,})"
