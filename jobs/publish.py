@@ -53,6 +53,8 @@ def publish(
     with opened(store) as source:
         summary = summarise(source)
         arm = arm or main_arm(summary)
+        if arm is None:
+            raise WinnowError(f"{store}: no arm has begun a round; run 'winnow round' first")
         if arm not in summary["arms"]:
             raise WinnowError(f"--arm {arm!r}: not in {store}; it has {', '.join(summary['arms']) or 'none'}")
         recipe = recipe_of(source, arm)
