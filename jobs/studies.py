@@ -27,7 +27,7 @@ REAL: Changes = {"reference": {"source": "embedded", "images_per_prompt": 16}}
 QUARTER: Changes = {**REAL, "export": {"reference_share": 0.25}}
 AS_MANY: Changes = {**REAL, "export": {"reference_share": 1.0}}
 AFRESH: Changes = merge(AS_MANY, REPLACE)
-TWICE_AFRESH: Changes = {**REAL, "export": {"reference_share": 2.0, "accumulate": False}}
+TWICE_AFRESH: Changes = merge(AFRESH, {"export": {"reference_share": 2.0}})
 LONGER: Changes = {"train": {"steps": 1700}}
 REAL_ALONE: Changes = {
     **NO_WEIGHTS, **REPLACE, "generate": {"source": "embedded"}, "select": {"policy": "random", "keep": 16},

@@ -204,15 +204,12 @@ def train(run: Run) -> None:
         with torch.no_grad():
             for now, start, other in zip(turned, begun, second, strict=True):
                 now.add_((start - other).to(now.device), alpha=settings.neon)
-    elif settings.neon:
+    elif begun:  # a part of the way, or the other way
+        way = settings.interpolate or -(settings.neon or 0.0)
         with torch.no_grad():
             for now, start in zip(turned, begun, strict=True):
                 start = start.to(now.device)
-                now.copy_(start - settings.neon * (now - start))
-    if settings.interpolate:
-        with torch.no_grad():
-            for now, start in zip(turned, begun, strict=True):
-                now.copy_(start.to(now.device).lerp(now, settings.interpolate))
+                now.copy_(start + way * (now - start))
     if settings.neon and not all(bool(p.isfinite().all()) for p in turned):
         raise WinnowError(f"train: weights are not finite after a step of Neon of {settings.neon:g}; lower train.neon")
     if group.is_main_process:
